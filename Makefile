@@ -1,0 +1,49 @@
+# make run | make test | make docs | make lab: each prepares .venv first, once, and says what it does.
+SHELL := /bin/bash
+PYTHON ?= python3
+NAME ?= default
+ARGS ?=
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help run test docs lab readme clean
+help:
+	@echo "make run    learn, distil, judge and report on the shipped folding data -> runs/$(NAME)/report.html (ARGS=\"--quick\" for a taste)"
+	@echo "make test   every chapter and every test"
+	@echo "make docs   render the book with Quarto -> _docs/"
+	@echo "make lab    open the chapters in JupyterLab"
+	@echo "make readme make run, then write its leaderboard and figure into README.md"
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "foldbook needs Python 3.11 or newer; this is $$($(PYTHON) --version). Say which with: make PYTHON=python3.12 ..."; exit 1; }
+	@if command -v uv > /dev/null; then \
+	  echo "Setting up .venv with uv (about a minute)"; \
+	  { test -x $(BIN)/python || uv venv -q --python $(PYTHON) .venv; } && uv pip install -q --python $(BIN)/python -e '.[dev]' -c constraints.txt; \
+	else \
+	  echo "Setting up .venv with pip (two to five minutes)"; \
+	  { test -x $(BIN)/python || $(PYTHON) -m venv .venv; } && $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt; \
+	fi
+	@touch $@
+
+run: .venv/.ready
+	@echo "Running the main job; it can be stopped and started again at any point"
+	@$(BIN)/foldbook run --out runs/$(NAME) $(ARGS)
+
+readme: .venv/.ready
+	@$(BIN)/foldbook run --out runs/default --readme README.md
+
+test: .venv/.ready
+	@echo "Running every chapter and every test"
+	@$(BIN)/python -m pytest $(ARGS)
+
+docs: .venv/.ready
+	@command -v quarto > /dev/null || { echo "make docs needs Quarto 1.7 or newer: install it from https://quarto.org/docs/get-started or with: $(BIN)/pip install -e '.[docs]'"; exit 1; }
+	@echo "Rendering the book into _docs/"
+	@$(BIN)/nbdev-docs
+
+lab: .venv/.ready
+	@$(BIN)/nbdev-install-hooks
+	@$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf _docs _proc .pytest_cache
