@@ -6,11 +6,12 @@ Docs: https://foldbook.github.io/foldbook/committor.html.md"""
 
 # %% auto #0
 __all__ = ['as_ensemble', 'check_states', 'check_coordinate', 'evaluate', 'states_from', 'held', 'boundaries', 'outcomes',
-           'previous_outcomes', 'count_transitions', 'clamp']
+           'previous_outcomes', 'count_transitions', 'clamp', 'basis', 'NonparametricCommittor']
 
-# %% ../nbs/40_committor.ipynb #da1f3007
-import ast, json, operator, os
+# %% ../nbs/40_committor.ipynb #d6e90bb0
+import ast, hashlib, json, operator, os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -209,3 +210,248 @@ def clamp(
     "Copy of a coordinate that is exactly 0 on A and 1 on B."
     r, states = check_coordinate(r, states, both=False)
     return [np.where(s >= 0, s, x) for x, s in zip(r, states)]
+
+# %% ../nbs/40_committor.ipynb #eb2c54a9
+@njit(cache=True, fastmath=True)
+def basis(
+    y1, y2, # (m,) two variables
+    envelope, # (m,) factor of every function
+    degree, # of the polynomials
+    out, # (K, m) written in place, K = (degree + 1)(degree + 2) / 2
+):
+    "Polynomials $g\\,y_1^iy_2^j$ with $i+j\\le n$, each from its predecessor by one product."
+    k, start, m = 1, 0, len(y1)
+    for j in range(m): out[0, j] = envelope[j]
+    for i in range(degree + 1):
+        if i:
+            for j in range(m): out[k, j] = out[start, j] * y1[j]
+            start = k
+            k += 1
+        for _ in range(degree - i):
+            for j in range(m): out[k, j] = out[k - 1, j] * y2[j]
+            k += 1
+
+# %% ../nbs/40_committor.ipynb #fda53012
+@njit(cache=True)
+def _envelope(r, interior, centre, sign):
+    "Sigmoid of width 0.01 about a value of r on interior frames, 0 on the boundary and where it is below 1e-9."
+    g = np.zeros(len(r))
+    for t in interior:
+        z = sign * (r[t] - centre) * 100
+        if z > -20: g[t] = 1 / (1 + np.exp(-z))
+    return g
+
+# %% ../nbs/40_committor.ipynb #c9c0540b
+@njit(cache=True, fastmath=True)
+def _orthogonality(y, z, lags, r, g, now, joined, begin, degree, gamma, reversible):
+    "Matrix and right-hand side of the linear equations for the update, summed in one pass over pairs of frames."
+    K, size = (degree + 1) * (degree + 2) // 2, 256
+    A, b = np.zeros((K, K)), np.zeros(K)
+    L, R = np.empty((K, size)), np.empty((K, size))
+    v = np.zeros((8, size)) # y1, y2, g now; y1, y2, g after; joined; increment of r
+    p = m = 0
+    while p < len(now) or m:
+        if p < len(now):
+            t = now[p]; q = joined[p]; u = t + q; p += 1
+            if g[t] == 0 and (not reversible or g[u] == 0): continue
+            v[0, m] = y[max(t - lags[0], begin[t])]; v[1, m] = z[max(t - lags[1], begin[t])]; v[2, m] = g[t]
+            v[3, m] = y[max(u - lags[0], begin[t])]; v[4, m] = z[max(u - lags[1], begin[t])]; v[5, m] = g[u]
+            v[6, m] = q; v[7, m] = r[u] - r[t]
+            m += 1
+            if m < size and p < len(now): continue
+        v[2, m:] = 0; v[5, m:] = 0
+        basis(v[0], v[1], v[2], degree, L)
+        basis(v[3], v[4], v[5], degree, R)
+        for k in range(K):
+            for j in range(size):
+                R[k, j] = v[6, j] * (R[k, j] - L[k, j]) - (0. if reversible else gamma * L[k, j])
+                if reversible: L[k, j] = R[k, j]
+        A += np.dot(L, R.T)
+        b -= np.dot(L, v[7])
+        m = 0
+    return A, b
+
+# %% ../nbs/40_committor.ipynb #78845b50
+@njit(cache=True, fastmath=True)
+def _updated(y, z, lags, r, g, interior, begin, degree, alpha):
+    "r plus the polynomial with coefficients alpha, clipped to [0, 1]; the boundary is not touched."
+    new, p = r.copy(), 0
+    size = 256
+    frame = np.empty(size, np.int64)
+    y1, y2, poly, inner = np.zeros(size), np.zeros(size), np.empty(size), np.empty(size)
+    while p < len(interior):
+        m = 0
+        while p < len(interior) and m < size:
+            t = interior[p]; p += 1
+            if g[t] == 0: continue
+            frame[m] = t; y1[m] = y[max(t - lags[0], begin[t])]; y2[m] = z[max(t - lags[1], begin[t])]
+            m += 1
+        poly[:] = 0
+        k = len(alpha)
+        for i in range(degree, -1, -1):
+            inner[:] = 0
+            for _ in range(degree - i + 1):
+                k -= 1
+                for j in range(m): inner[j] = inner[j] * y2[j] + alpha[k]
+            for j in range(m): poly[j] = poly[j] * y1[j] + inner[j]
+        for j in range(m):
+            t = frame[j]
+            new[t] = min(1., max(0., r[t] + g[t] * poly[j]))
+    return new
+
+# %% ../nbs/40_committor.ipynb #bdeaa111
+@njit(cache=True)
+def _squared_displacement(r, step):
+    "Sum of squared one-frame increments over the frames marked in `step`."
+    total = 0.
+    for t in range(len(r) - 1):
+        if step[t]: total += (r[t + 1] - r[t])**2
+    return total
+
+# %% ../nbs/40_committor.ipynb #ab7a2927
+class _Problem(NamedTuple):
+    "An ensemble laid end to end, as the kernels need it."
+    y: np.ndarray # (F, N) float32 features scaled to [-1, 1]
+    flags: np.ndarray # int8 (N,)
+    begin: np.ndarray # (N,) first frame of the trajectory of each frame
+    interior: np.ndarray # frames outside A and B
+    now: np.ndarray # frames that enter the equations
+    joined: np.ndarray # 1 if the next frame belongs to the same trajectory, for each of `now`
+    step: np.ndarray # bool (N,): fitted, and followed by a frame of the same trajectory
+    n_transitions: int # N_AB + N_BA of the trajectories that are fitted
+
+def _assemble(features, states, train, reversible):
+    "Validate, scale and lay end to end; trajectories outside `train` follow the update but do not determine it."
+    features = as_ensemble(features, np.float32, 'features')
+    if features[0].ndim != 2: raise ValueError(f'features have shape {features[0].shape}; (frames, columns) is needed, also for one column')
+    lengths = np.array([len(f) for f in features])
+    states = check_states(states, lengths)
+    chosen = np.ones(len(lengths), bool) if train is None else np.isin(np.arange(len(lengths)), train)
+    if not chosen.any(): raise ValueError(f'train={train}: no such trajectory; there are {len(lengths)}, counted from 0')
+    fitted_states = check_states([s for s, c in zip(states, chosen) if c])
+    flags, fitted, end = np.concatenate(states), np.repeat(chosen, lengths), np.cumsum(lengths)
+    joined = np.ones(len(flags), np.int64); joined[end - 1] = 0
+    near = flags < 0
+    if reversible: near = (near | np.append(near[1:], False)) & (joined == 1)
+    now = np.flatnonzero(near & fitted)
+    return _Problem(_scaled(features, fitted), flags, np.repeat(end - lengths, lengths), np.flatnonzero(flags < 0), now, joined[now],
+                    fitted & (joined == 1), sum(count_transitions(fitted_states)))
+
+# %% ../nbs/40_committor.ipynb #4ef5ca45
+def _scaled(features, fitted):
+    "Columns that vary, mapped so that the fitted frames span [-1, 1]; (F, N) float32, one row contiguous."
+    if len(widths := {f.shape[1] for f in features}) > 1: raise ValueError(f'features have {sorted(widths)} columns; every trajectory needs the same')
+    y = np.concatenate([f.T for f in features], 1)
+    low, high = y[:, fitted].min(1, keepdims=True), y[:, fitted].max(1, keepdims=True)
+    varies = (high > low)[:, 0]
+    if not varies.any(): raise ValueError('every feature is constant on the fitted frames; nothing can be learned from them')
+    return np.clip(2 * (y[varies] - low[varies]) / (high - low)[varies] - 1, -1, 1)
+
+# %% ../nbs/40_committor.ipynb #d11287b2
+def _update(p, model, r, size, rng, window):
+    "One iteration: draw a variable and a lag, solve for the coefficients, move r, unless that makes the increments much larger."
+    y, lag = p.y[rng.integers(len(p.y))], int(rng.choice(model.history))
+    with_itself = lag > 0 and rng.random() < 0.5
+    z, lags = (y.astype(np.float64), (lag, 0)) if with_itself else (2 * r - 1, (lag, lag))
+    g = _envelope(r, p.interior, *window)
+    A, b = _orthogonality(y, z, lags, r, g, p.now, p.joined, p.begin, model.degree, model.gamma, model.method == 'NPq')
+    new = _updated(y, z, lags, r, g, p.interior, p.begin, model.degree, np.linalg.lstsq(A, b, rcond=None)[0])
+    new_size = _squared_displacement(new, p.step)
+    return (new, new_size) if new_size < size + 1e3 else (r, size)
+
+# %% ../nbs/40_committor.ipynb #473e17fe
+def _optimise(p, model, monitor, progress):
+    "Iterate until a stop; yields the result, the history of both measures and the reason for stopping."
+    rng, r, size = np.random.default_rng(model.seed), np.where(p.flags < 0, 0.5, p.flags), np.inf
+    sizes, watched, best, stop = [], [], (np.inf, None, 0), 'iterations'
+    for i in _bar(model.n_iterations, progress):
+        if i % 10 == 0: window = r[rng.integers(len(r))], rng.choice((-1., 1.))
+        r, size = _update(p, model, r, size, rng, window)
+        sizes.append(size)
+        if monitor and (i + 1) % model.monitor_every == 0:
+            watched.append((i + 1, float(monitor(r))))
+            if watched[-1][1] < best[0]: best = watched[-1][1], r, i
+            if i - best[2] >= model.patience * model.monitor_every: stop = 'monitor'; break
+        if size < model.guard * p.n_transitions: stop = 'guard'; break
+    return (r if best[1] is None else best[1]), sizes, watched, stop
+
+def _bar(n, progress):
+    "Iteration numbers, with a progress bar if wanted."
+    if not progress: return range(n)
+    from tqdm.auto import tqdm
+    return tqdm(range(n), desc='nonparametric committor', unit='iteration')
+
+# %% ../nbs/40_committor.ipynb #2969c6f7
+def _fingerprint(features):
+    "Digest of an ensemble, to recognise its frames."
+    digest = hashlib.blake2b(digest_size=16)
+    for f in as_ensemble(features, np.float32, 'features'): digest.update(str(f.shape).encode() + f.tobytes())
+    return digest.hexdigest()
+
+# %% ../nbs/40_committor.ipynb #5fa00b2f
+class NonparametricCommittor:
+    "The committor as an optimised time series (Krivov, arXiv 2102.03950; with histories arXiv 2508.07326)."
+    def __init__(self,
+        method: str = 'NPNEq', # martingale equations, for any Markov dynamics; 'NPq': least squares, for reversible dynamics
+        n_iterations: int = 1000, # at most
+        degree: int = 6, # of the polynomials; 6 makes 28 basis functions
+        history: tuple = (0, 1, 2, 4, 8, 16), # lags in frames from which past values are drawn
+        gamma: float = 0.2, # damping of the update, NPNEq only
+        guard: float | None = None, # stop when the summed squared increments fall below this times N_AB + N_BA; None: 1 for NPq, never for NPNEq
+        seed: int = 0, # of the drawn variables, lags and windows
+        monitor_every: int = 25, # iterations between two calls of the monitor
+        patience: int = 10, # calls without a smaller value after which the fit stops
+    ):
+        if method not in ('NPNEq', 'NPq'): raise ValueError(f"method={method!r} is not known; choose 'NPNEq' or 'NPq'")
+        if min(history, default=-1) < 0: raise ValueError(f'history={history}: give lags in frames into the past, 0 or more')
+        self.method, self.n_iterations, self.degree, self.gamma, self.seed = method, n_iterations, degree, gamma, seed
+        self.history, self.guard = [int(d) for d in history], float(method == 'NPq') if guard is None else guard
+        self.monitor_every, self.patience = monitor_every, patience
+
+    def fit(self,
+        features, # (T, F) per trajectory
+        states, # flags of the same frames
+        monitor=None, # function of the list of r that returns a number; its smallest value decides which iterate is kept
+        train=None, # indices of the trajectories that are fitted; the others follow the same updates, out of sample
+        progress: bool = True,
+    ):
+        "Optimise `r`; raises `ValueError` if no fitted trajectory reaches A, or B."
+        p = _assemble(features, states, train, self.method == 'NPq')
+        cut = lambda r: np.split(r, np.unique(p.begin)[1:])
+        r, self.delta_r2, self.monitored, self.stopped = _optimise(p, self, monitor and (lambda r: monitor(cut(r))), progress)
+        self.r, self.n_transitions, self.fingerprint = cut(r), p.n_transitions, _fingerprint(features)
+        return self
+
+    def transform(self, features, states=None) -> list: # float64 (T,) per trajectory
+        "The fitted series, for the frames it was fitted to; raises `ValueError` for any other frame."
+        if not hasattr(self, 'r'): raise ValueError('this committor is not fitted; call fit(features, states) first')
+        if _fingerprint(features) != self.fingerprint:
+            raise ValueError('the nonparametric committor is a time series of the frames given to fit, not a function of features: for other frames '
+                             'distil it into a network, or give them to fit together with train=')
+        return [r.copy() for r in self.r] if states is None else clamp(self.r, states)
+
+    def save(self, directory): _save_series(self, Path(directory))
+    @classmethod
+    def load(cls, directory): return _load_series(cls, Path(directory))
+
+# %% ../nbs/40_committor.ipynb #ba067eba
+_OPTIONS = ('method', 'n_iterations', 'degree', 'history', 'gamma', 'guard', 'seed', 'monitor_every', 'patience')
+_RESULTS = ('delta_r2', 'monitored', 'stopped', 'n_transitions', 'fingerprint')
+
+def _save_series(model, directory):
+    "Write series and settings, each under a temporary name first."
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / 'committor.npz.part', 'wb') as f: np.savez_compressed(f, **{f'r{i}': r for i, r in enumerate(model.r)})
+    kept = {'options': {k: getattr(model, k) for k in _OPTIONS}, 'results': {k: getattr(model, k) for k in _RESULTS}}
+    (directory / 'committor.json.part').write_text(json.dumps(kept))
+    for name in ('committor.npz', 'committor.json'): os.replace(directory / f'{name}.part', directory / name)
+
+def _load_series(cls, directory):
+    "Read what `_save_series` wrote; raises `FileNotFoundError` naming the missing file."
+    for name in ('committor.npz', 'committor.json'):
+        if not (directory / name).exists(): raise FileNotFoundError(f'{directory / name} is missing; save a fitted committor there first')
+    kept = json.loads((directory / 'committor.json').read_text())
+    model = cls(**kept['options'])
+    for k, v in kept['results'].items(): setattr(model, k, v)
+    with np.load(directory / 'committor.npz') as f: model.r = [f[f'r{i}'] for i in range(len(f.files))]
+    return model
