@@ -56,7 +56,7 @@ class Rates(NamedTuple):
     mfpt_ba: float # mean time from an arrival in B to the next arrival in A
     mtpt: float # mean duration of a transition path, without the frame that closes it
 
-# %% ../nbs/10_systems.ipynb #a5b64a5d
+# %% ../nbs/10_systems.ipynb #d67a2a95
 @njit(cache=True)
 def _compress(P):
     "Rows without zeros: offsets of the rows, column of each entry, cumulative probability."
@@ -74,41 +74,49 @@ def _compress(P):
         cumulative[k - 1] = 2. # above every uniform number, whatever the rounding of the sum
     return first, column, cumulative
 
-# %% ../nbs/10_systems.ipynb #9b38ce1d
 @njit(cache=True)
-def _walk(first, column, cumulative, start, lengths, uniform, stop):
+def _doubled(x):
+    "A copy with room for twice as many."
+    y = np.empty(2 * len(x), x.dtype)
+    y[:len(x)] = x
+    return y
+
+# %% ../nbs/10_systems.ipynb #cd4d60cf
+@njit(cache=True)
+def _walk(first, column, cumulative, start, lengths, stop, seed):
     "Walk from each start for its length; where `stop` is true a walk ends. Returns the points and the frames really made."
-    path, made, o = np.empty(lengths.sum(), np.int32), np.zeros(len(lengths), np.int64), 0
+    np.random.seed(seed) # of the compiled generator, not of numpy's
+    path, made, o = np.empty(1 << 12, np.int32), np.zeros(len(lengths), np.int64), 0
     for k in range(len(lengths)):
-        i, end = start[k], o + lengths[k]
-        for t in range(o, end):
-            path[t] = i
+        i = start[k]
+        while made[k] < lengths[k]:
+            if o == len(path): path = _doubled(path)
+            path[o] = i
+            o += 1
             made[k] += 1
             if stop[i]: break
-            lo, hi = first[i], first[i + 1] - 1
+            u, lo, hi = np.random.random(), first[i], first[i + 1] - 1
             while lo < hi:
                 mid = (lo + hi) // 2
-                if cumulative[mid] <= uniform[t]: lo = mid + 1
+                if cumulative[mid] <= u: lo = mid + 1
                 else: hi = mid
             i = column[lo]
-        o = end
-    return path, made
+    return path[:o], made
 
-# %% ../nbs/10_systems.ipynb #6c899362
+# %% ../nbs/10_systems.ipynb #90761a22
 def sample_chain(
     P: np.ndarray, # (n, n) transition matrix
     start: np.ndarray, # (K,) first point of each trajectory
     lengths: np.ndarray, # (K,) frames of each trajectory
-    rng: np.random.Generator, # source of randomness
+    seed: int = 0, # of the random numbers
     stop: np.ndarray | None = None, # bool (n,): points on which a trajectory ends
 ) -> list: # int32 index arrays
-    "Sample trajectories of a Markov chain, each no longer than its length and ending on its first frame in `stop`."
+    "Sample trajectories of a Markov chain, none longer than its length, each ending on its first frame in `stop`; raises `ValueError` for a length below 1."
     lengths = np.asarray(lengths, np.int64)
     if lengths.min() < 1: raise ValueError(f'a trajectory of {lengths.min()} frames was asked for; every length must be at least 1')
     stop = np.zeros(len(P), bool) if stop is None else stop
-    path, made = _walk(*_compress(P), np.asarray(start, np.int64), lengths, rng.random(lengths.sum()), stop)
-    begin = np.cumsum(lengths) - lengths
-    return [path[b:b + m].copy() for b, m in zip(begin, made)]
+    path, made = _walk(*_compress(P), np.asarray(start, np.int64), lengths, stop, seed)
+    return [path[e - m:e].copy() for e, m in zip(np.cumsum(made), made)]
 
 # %% ../nbs/10_systems.ipynb #a23ebf75
 def _starts(system, start, n, ensemble, rng):
@@ -125,7 +133,7 @@ def _choice(option, value, allowed):
     "Refuse an unknown word."
     if value not in allowed: raise ValueError(f'{option}={value!r} is not known; choose one of {", ".join(map(repr, allowed))}')
 
-# %% ../nbs/10_systems.ipynb #f80efb79
+# %% ../nbs/10_systems.ipynb #1d225874
 @dataclass(frozen=True, eq=False)
 class MarkovSystem:
     "A finite Markov chain with two boundary states, and all that can be solved exactly for it; times are in frames."
@@ -168,7 +176,7 @@ class MarkovSystem:
         rng = np.random.default_rng(seed)
         first = _starts(self, start, n_trajectories, ensemble, rng)
         lengths = rng.geometric(1 / n_frames, n_trajectories) if length == 'poisson' else np.full(n_trajectories, n_frames)
-        return sample_chain(self.transition, first, lengths, rng, self.states >= 0 if ensemble == 'absorbed' else None)
+        return sample_chain(self.transition, first, lengths, int(rng.integers(2**32)), self.states >= 0 if ensemble == 'absorbed' else None)
 
     def observe(self, paths) -> tuple: # coordinates float32 (T, d), flags int8 (T,), exact committor (T,): a list of each
         "Sampled microstates as features, states and the exact answer."
