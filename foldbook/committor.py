@@ -6,7 +6,8 @@ Docs: https://foldbook.github.io/foldbook/committor.html.md"""
 
 # %% auto #0
 __all__ = ['as_ensemble', 'check_states', 'check_coordinate', 'evaluate', 'states_from', 'held', 'boundaries', 'outcomes',
-           'previous_outcomes', 'count_transitions', 'clamp', 'basis', 'NonparametricCommittor']
+           'previous_outcomes', 'count_transitions', 'clamp', 'basis', 'Step', 'NonparametricCommittor',
+           'outcome_log_loss', 'held_out']
 
 # %% ../nbs/40_committor.ipynb #d6e90bb0
 import ast, hashlib, json, operator, os
@@ -241,11 +242,11 @@ def _envelope(r, interior, centre, sign):
         if z > -20: g[t] = 1 / (1 + np.exp(-z))
     return g
 
-# %% ../nbs/40_committor.ipynb #c9c0540b
+# %% ../nbs/40_committor.ipynb #0b45b9ec
 @njit(cache=True, fastmath=True)
 def _orthogonality(y, z, lags, r, g, now, joined, begin, degree, gamma, reversible):
     "Matrix and right-hand side of the linear equations for the update, summed in one pass over pairs of frames."
-    K, size = (degree + 1) * (degree + 2) // 2, 256
+    K, size = (degree + 1) * (degree + 2) // 2, 512
     A, b = np.zeros((K, K)), np.zeros(K)
     L, R = np.empty((K, size)), np.empty((K, size))
     v = np.zeros((8, size)) # y1, y2, g now; y1, y2, g after; joined; increment of r
@@ -271,12 +272,12 @@ def _orthogonality(y, z, lags, r, g, now, joined, begin, degree, gamma, reversib
         m = 0
     return A, b
 
-# %% ../nbs/40_committor.ipynb #78845b50
+# %% ../nbs/40_committor.ipynb #895b6ada
 @njit(cache=True, fastmath=True)
 def _updated(y, z, lags, r, g, interior, begin, degree, alpha):
     "r plus the polynomial with coefficients alpha, clipped to [0, 1]; the boundary is not touched."
     new, p = r.copy(), 0
-    size = 256
+    size = 512
     frame = np.empty(size, np.int64)
     y1, y2, poly, inner = np.zeros(size), np.zeros(size), np.empty(size), np.empty(size)
     while p < len(interior):
@@ -308,72 +309,112 @@ def _squared_displacement(r, step):
         if step[t]: total += (r[t + 1] - r[t])**2
     return total
 
-# %% ../nbs/40_committor.ipynb #ab7a2927
-class _Problem(NamedTuple):
+# %% ../nbs/40_committor.ipynb #c129f0dd
+class _Scale(NamedTuple):
+    "How a column becomes a variable on [-1, 1]."
+    columns: np.ndarray # indices of the columns that vary
+    low: np.ndarray # (len(columns),) float32
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, features): # of the fitted trajectories
+        low, high = (np.array([getattr(f, m)(0) for f in features]) for m in ('min', 'max'))
+        low, high = low.min(0), high.max(0)
+        if not (varies := np.flatnonzero(high > low)).size: raise ValueError('every feature is constant on the fitted frames; nothing can be learned from them')
+        return cls(varies, low[varies], high[varies])
+
+    def __call__(self, f): # (T, F) -> (len(columns), T), clipped to the range that was fitted
+        return np.clip(2 * (f[:, self.columns].T - self.low[:, None]) / (self.high - self.low)[:, None] - 1, -1, 1)
+
+# %% ../nbs/40_committor.ipynb #968b6c0e
+class _Frames(NamedTuple):
     "An ensemble laid end to end, as the kernels need it."
-    y: np.ndarray # (F, N) float32 features scaled to [-1, 1]
+    y: np.ndarray # (F, N) float32 variables
     flags: np.ndarray # int8 (N,)
     begin: np.ndarray # (N,) first frame of the trajectory of each frame
+    joined: np.ndarray # (N,) 1 if the next frame belongs to the same trajectory
     interior: np.ndarray # frames outside A and B
-    now: np.ndarray # frames that enter the equations
-    joined: np.ndarray # 1 if the next frame belongs to the same trajectory, for each of `now`
-    step: np.ndarray # bool (N,): fitted, and followed by a frame of the same trajectory
-    n_transitions: int # N_AB + N_BA of the trajectories that are fitted
 
-def _assemble(features, states, train, reversible):
-    "Validate, scale and lay end to end; trajectories outside `train` follow the update but do not determine it."
+    @classmethod
+    def of(cls, features, states, scale):
+        flags, lengths = np.concatenate(states), np.array([len(s) for s in states])
+        end, joined = np.cumsum(lengths), np.ones(len(flags), np.int64)
+        joined[end - 1] = 0
+        return cls(np.concatenate([scale(f) for f in features], 1), flags, np.repeat(end - lengths, lengths), joined, np.flatnonzero(flags < 0))
+
+    def seed(self): return np.where(self.flags < 0, 0.5, self.flags)
+    def cut(self, r): return np.split(r, np.unique(self.begin)[1:])
+
+# %% ../nbs/40_committor.ipynb #7781ca31
+def _matched(features, states, both=True):
+    "Features and flags, validated together."
     features = as_ensemble(features, np.float32, 'features')
     if features[0].ndim != 2: raise ValueError(f'features have shape {features[0].shape}; (frames, columns) is needed, also for one column')
-    lengths = np.array([len(f) for f in features])
-    states = check_states(states, lengths)
-    chosen = np.ones(len(lengths), bool) if train is None else np.isin(np.arange(len(lengths)), train)
-    if not chosen.any(): raise ValueError(f'train={train}: no such trajectory; there are {len(lengths)}, counted from 0')
-    fitted_states = check_states([s for s, c in zip(states, chosen) if c])
-    flags, fitted, end = np.concatenate(states), np.repeat(chosen, lengths), np.cumsum(lengths)
-    joined = np.ones(len(flags), np.int64); joined[end - 1] = 0
-    near = flags < 0
-    if reversible: near = (near | np.append(near[1:], False)) & (joined == 1)
-    now = np.flatnonzero(near & fitted)
-    return _Problem(_scaled(features, fitted), flags, np.repeat(end - lengths, lengths), np.flatnonzero(flags < 0), now, joined[now],
-                    fitted & (joined == 1), sum(count_transitions(fitted_states)))
-
-# %% ../nbs/40_committor.ipynb #4ef5ca45
-def _scaled(features, fitted):
-    "Columns that vary, mapped so that the fitted frames span [-1, 1]; (F, N) float32, one row contiguous."
     if len(widths := {f.shape[1] for f in features}) > 1: raise ValueError(f'features have {sorted(widths)} columns; every trajectory needs the same')
-    y = np.concatenate([f.T for f in features], 1)
-    low, high = y[:, fitted].min(1, keepdims=True), y[:, fitted].max(1, keepdims=True)
-    varies = (high > low)[:, 0]
-    if not varies.any(): raise ValueError('every feature is constant on the fitted frames; nothing can be learned from them')
-    return np.clip(2 * (y[varies] - low[varies]) / (high - low)[varies] - 1, -1, 1)
+    return features, check_states(states, [len(f) for f in features], both)
 
-# %% ../nbs/40_committor.ipynb #d11287b2
-def _update(p, model, r, size, rng, window):
-    "One iteration: draw a variable and a lag, solve for the coefficients, move r, unless that makes the increments much larger."
-    y, lag = p.y[rng.integers(len(p.y))], int(rng.choice(model.history))
-    with_itself = lag > 0 and rng.random() < 0.5
-    z, lags = (y.astype(np.float64), (lag, 0)) if with_itself else (2 * r - 1, (lag, lag))
-    g = _envelope(r, p.interior, *window)
-    A, b = _orthogonality(y, z, lags, r, g, p.now, p.joined, p.begin, model.degree, model.gamma, model.method == 'NPq')
-    new = _updated(y, z, lags, r, g, p.interior, p.begin, model.degree, np.linalg.lstsq(A, b, rcond=None)[0])
-    new_size = _squared_displacement(new, p.step)
-    return (new, new_size) if new_size < size + 1e3 else (r, size)
+# %% ../nbs/40_committor.ipynb #6bbfcf70
+class Step(NamedTuple):
+    "One accepted update of the nonparametric committor."
+    column: int # variable y
+    lag: int # frames into the past
+    itself: bool # second variable: the present y (True) or r at the same lag (False)
+    centre: float # of the window on r
+    sign: float # side of the window
+    alpha: np.ndarray # (K,) coefficients
 
-# %% ../nbs/40_committor.ipynb #473e17fe
-def _optimise(p, model, monitor, progress):
-    "Iterate until a stop; yields the result, the history of both measures and the reason for stopping."
-    rng, r, size = np.random.default_rng(model.seed), np.where(p.flags < 0, 0.5, p.flags), np.inf
-    sizes, watched, best, stop = [], [], (np.inf, None, 0), 'iterations'
+def _variables(f, r, s):
+    "The two variables of a step, their lags, and the window."
+    y = f.y[s.column]
+    z, lags = (y.astype(np.float64), (s.lag, 0)) if s.itself else (2 * r - 1, (s.lag, s.lag))
+    return y, z, lags, r, _envelope(r, f.interior, s.centre, s.sign)
+
+def _apply(f, r, s, degree):
+    "Move r by one step."
+    return _updated(*_variables(f, r, s), f.interior, f.begin, degree, s.alpha)
+
+# %% ../nbs/40_committor.ipynb #9a52df86
+def _draw(f, model, r, rng, window):
+    "A random variable and lag; the window stays for ten iterations."
+    lag = int(rng.choice(model.history))
+    return Step(int(rng.integers(len(f.y))), lag, bool(lag > 0 and rng.random() < 0.5), *window, None)
+
+def _fitted(f, fitted, reversible):
+    "Frames that enter the equations, whether each is joined to the next, and the frames whose increments are summed."
+    near = f.flags < 0
+    if reversible: near = (near | np.append(near[1:], False)) & (f.joined == 1)
+    now = np.flatnonzero(near & fitted)
+    return now, f.joined[now], fitted & (f.joined == 1)
+
+# %% ../nbs/40_committor.ipynb #61399877
+class _Trace(NamedTuple):
+    "What an optimisation leaves behind."
+    r: np.ndarray # the iterate that is kept
+    steps: list # that led to it
+    delta_r2: list # summed squared increments after each iteration
+    monitored: list # (iteration, value) of the monitor
+    stopped: str # 'iterations', 'monitor' or 'guard'
+
+def _optimise(f, fitted, bound, model, monitor, progress):
+    "Iterate until a stop."
+    rng, r, size = np.random.default_rng(model.seed), f.seed(), np.inf
+    now, joined, counted = _fitted(f, fitted, model.method == 'NPq')
+    steps, sizes, watched, best, stop = [], [], [], (np.inf, None, 0, 0), 'iterations'
     for i in _bar(model.n_iterations, progress):
-        if i % 10 == 0: window = r[rng.integers(len(r))], rng.choice((-1., 1.))
-        r, size = _update(p, model, r, size, rng, window)
+        if i % 10 == 0: window = float(r[rng.integers(len(r))]), float(rng.choice((-1, 1)))
+        s = _draw(f, model, r, rng, window)
+        A, b = _orthogonality(*_variables(f, r, s), now, joined, f.begin, model.degree, model.gamma, model.method == 'NPq')
+        s = s._replace(alpha=np.linalg.lstsq(A, b, rcond=None)[0])
+        new = _apply(f, r, s, model.degree)
+        if (new_size := _squared_displacement(new, counted)) < size + 1e3: r, size = new, new_size; steps.append(s)
         sizes.append(size)
         if monitor and (i + 1) % model.monitor_every == 0:
-            watched.append((i + 1, float(monitor(r))))
-            if watched[-1][1] < best[0]: best = watched[-1][1], r, i
-            if i - best[2] >= model.patience * model.monitor_every: stop = 'monitor'; break
-        if size < model.guard * p.n_transitions: stop = 'guard'; break
-    return (r if best[1] is None else best[1]), sizes, watched, stop
+            watched.append((i + 1, float(monitor(f.cut(r)))))
+            if watched[-1][1] < best[0]: best = watched[-1][1], r, len(steps), i
+            if i - best[3] >= model.patience * model.monitor_every: stop = 'monitor'; break
+        if size < model.guard * bound: stop = 'guard'; break
+    if best[1] is not None: r, steps = best[1], steps[:best[2]]
+    return _Trace(r, steps, sizes, watched, stop)
 
 def _bar(n, progress):
     "Iteration numbers, with a progress bar if wanted."
@@ -388,7 +429,7 @@ def _fingerprint(features):
     for f in as_ensemble(features, np.float32, 'features'): digest.update(str(f.shape).encode() + f.tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/40_committor.ipynb #5fa00b2f
+# %% ../nbs/40_committor.ipynb #cc5300f5
 class NonparametricCommittor:
     "The committor as an optimised time series (Krivov, arXiv 2102.03950; with histories arXiv 2508.07326)."
     def __init__(self,
@@ -408,50 +449,93 @@ class NonparametricCommittor:
         self.history, self.guard = [int(d) for d in history], float(method == 'NPq') if guard is None else guard
         self.monitor_every, self.patience = monitor_every, patience
 
-    def fit(self,
-        features, # (T, F) per trajectory
-        states, # flags of the same frames
-        monitor=None, # function of the list of r that returns a number; its smallest value decides which iterate is kept
-        train=None, # indices of the trajectories that are fitted; the others follow the same updates, out of sample
-        progress: bool = True,
-    ):
-        "Optimise `r`; raises `ValueError` if no fitted trajectory reaches A, or B."
-        p = _assemble(features, states, train, self.method == 'NPq')
-        cut = lambda r: np.split(r, np.unique(p.begin)[1:])
-        r, self.delta_r2, self.monitored, self.stopped = _optimise(p, self, monitor and (lambda r: monitor(cut(r))), progress)
-        self.r, self.n_transitions, self.fingerprint = cut(r), p.n_transitions, _fingerprint(features)
+    def fit(self, features, states, monitor=None, train=None, progress=True):
+        "Optimise `r`. `monitor(list of r) -> number` keeps the iterate where it is smallest; trajectories not listed in `train` follow the updates without determining them."
+        _fit(self, *_matched(features, states), monitor, train, progress)
         return self
 
     def transform(self, features, states=None) -> list: # float64 (T,) per trajectory
-        "The fitted series, for the frames it was fitted to; raises `ValueError` for any other frame."
+        "The fitted series of the frames given to `fit`; raises `ValueError` for any other frame, for which there is `replay`."
         if not hasattr(self, 'r'): raise ValueError('this committor is not fitted; call fit(features, states) first')
         if _fingerprint(features) != self.fingerprint:
-            raise ValueError('the nonparametric committor is a time series of the frames given to fit, not a function of features: for other frames '
-                             'distil it into a network, or give them to fit together with train=')
+            raise ValueError('the nonparametric committor is a time series of the frames given to fit; for other frames use '
+                             'replay(features, states), or distil it into a network')
         return [r.copy() for r in self.r] if states is None else clamp(self.r, states)
 
-    def save(self, directory): _save_series(self, Path(directory))
+    def replay(self, features, states) -> list: # float64 (T,) per trajectory
+        "Repeat the updates on other trajectories, with the coefficients found on the fitted ones: an out-of-sample committor."
+        return _replay(self, *_matched(features, states, both=False))
+
+    def save(self, directory): _save(self, Path(directory))
     @classmethod
-    def load(cls, directory): return _load_series(cls, Path(directory))
+    def load(cls, directory): return _load(cls, Path(directory))
 
-# %% ../nbs/40_committor.ipynb #ba067eba
+# %% ../nbs/40_committor.ipynb #efb2c149
+def _fit(model, features, states, monitor, train, progress):
+    "Set the results of a fit."
+    n = len(features)
+    chosen = np.ones(n, bool) if train is None else np.isin(np.arange(n), train)
+    if train is not None and chosen.sum() != len(set(train)): raise ValueError(f'train={list(train)}: there are {n} trajectories, counted from 0')
+    pick = lambda x: [xi for xi, c in zip(x, chosen) if c]
+    model.n_transitions = sum(count_transitions(check_states(pick(states))))
+    model.scale, model.n_columns, model.fingerprint = _Scale.of(pick(features)), features[0].shape[1], _fingerprint(features)
+    frames = _Frames.of(features, states, model.scale)
+    fitted = np.repeat(chosen, [len(s) for s in states])
+    r, model.steps, model.delta_r2, model.monitored, model.stopped = _optimise(frames, fitted, model.n_transitions, model, monitor, progress)
+    model.r = frames.cut(r)
+
+def _replay(model, features, states):
+    "Apply every step of a fitted model."
+    if not hasattr(model, 'steps'): raise ValueError('this committor is not fitted; call fit(features, states) first')
+    if features[0].shape[1] != model.n_columns: raise ValueError(f'features have {features[0].shape[1]} columns, but {model.n_columns} were fitted')
+    frames = _Frames.of(features, states, model.scale)
+    r = frames.seed()
+    for s in model.steps: r = _apply(frames, r, s, model.degree)
+    return frames.cut(r)
+
+# %% ../nbs/40_committor.ipynb #195863d9
 _OPTIONS = ('method', 'n_iterations', 'degree', 'history', 'gamma', 'guard', 'seed', 'monitor_every', 'patience')
-_RESULTS = ('delta_r2', 'monitored', 'stopped', 'n_transitions', 'fingerprint')
+_RESULTS = ('delta_r2', 'monitored', 'stopped', 'n_transitions', 'n_columns', 'fingerprint')
 
-def _save_series(model, directory):
-    "Write series and settings, each under a temporary name first."
+def _save(model, directory):
+    "Write series, steps and settings, each under a temporary name first."
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / 'committor.npz.part', 'wb') as f: np.savez_compressed(f, **{f'r{i}': r for i, r in enumerate(model.r)})
+    steps = {k: np.array([getattr(s, k) for s in model.steps]) for k in Step._fields}
+    series = {f'r{i}': r for i, r in enumerate(model.r)}
+    with open(directory / 'committor.npz.part', 'wb') as f: np.savez_compressed(f, **series, **steps, **model.scale._asdict())
     kept = {'options': {k: getattr(model, k) for k in _OPTIONS}, 'results': {k: getattr(model, k) for k in _RESULTS}}
     (directory / 'committor.json.part').write_text(json.dumps(kept))
     for name in ('committor.npz', 'committor.json'): os.replace(directory / f'{name}.part', directory / name)
 
-def _load_series(cls, directory):
-    "Read what `_save_series` wrote; raises `FileNotFoundError` naming the missing file."
+def _load(cls, directory):
+    "Read what `save` wrote; raises `FileNotFoundError` naming the missing file."
     for name in ('committor.npz', 'committor.json'):
         if not (directory / name).exists(): raise FileNotFoundError(f'{directory / name} is missing; save a fitted committor there first')
     kept = json.loads((directory / 'committor.json').read_text())
     model = cls(**kept['options'])
     for k, v in kept['results'].items(): setattr(model, k, v)
-    with np.load(directory / 'committor.npz') as f: model.r = [f[f'r{i}'] for i in range(len(f.files))]
+    with np.load(directory / 'committor.npz') as f: z = dict(f)
+    model.r = [z[f'r{i}'] for i in range(sum(k[0] == 'r' and k[1:].isdigit() for k in z))]
+    model.scale = _Scale(*(z[k] for k in _Scale._fields))
+    model.steps = [Step(int(c), int(d), bool(i), float(m), float(s), a) for c, d, i, m, s, a in zip(*(z[k] for k in Step._fields))]
     return model
+
+# %% ../nbs/40_committor.ipynb #efed0c10
+def outcome_log_loss(
+    r, # a coordinate in [0, 1], (T,) per trajectory
+    states, # flags of the same frames
+) -> float: # nats per frame
+    "Mean log-loss of r as a forecast of the next state, over interior frames whose next state is known; nan if there is none."
+    r, states = check_coordinate(r, states, both=False)
+    r, o, s = (np.concatenate(x) for x in (r, outcomes(states), states))
+    known = (s < 0) & np.isfinite(o)
+    p = np.where(o == 1, r, 1 - r)[known]
+    return float(-np.log(np.clip(p, 1e-6, 1)).mean()) if known.any() else float('nan')
+
+# %% ../nbs/40_committor.ipynb #413bf5ac
+def held_out(
+    states, # flags of every trajectory given to `fit`
+    trajectories, # indices of those that are not fitted
+): # a monitor for `NonparametricCommittor.fit`
+    "Monitor: log-loss of the next state on trajectories that the fit does not use."
+    return lambda r: outcome_log_loss([r[i] for i in trajectories], [states[i] for i in trajectories])
