@@ -6,7 +6,7 @@ Docs: https://foldbook.github.io/foldbook/systems.html.md"""
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'metropolis', 'solve_boundary', 'stationary', 'Rates', 'sample_chain', 'MarkovSystem', 'dw1d', 'lshape2d',
-           'persist1d']
+           'persist1d', 'plot_system', 'given', 'martingale_defect', 'shoot', 'plot_lengths']
 
 # %% ../nbs/10_systems.ipynb #c1dc897b
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ def _choice(option, value, allowed):
     "Refuse an unknown word."
     if value not in allowed: raise ValueError(f'{option}={value!r} is not known; choose one of {", ".join(map(repr, allowed))}')
 
-# %% ../nbs/10_systems.ipynb #1d225874
+# %% ../nbs/10_systems.ipynb #8b605e3e
 @dataclass(frozen=True, eq=False)
 class MarkovSystem:
     "A finite Markov chain with two boundary states, and all that can be solved exactly for it; times are in frames."
@@ -144,18 +144,12 @@ class MarkovSystem:
     dt: float = 1. # elementary steps between two frames
     labels: tuple = ('x',) # names of the d coordinates
 
-    @cached_property
-    def stationary(self): return stationary(self.transition)
-    @cached_property
-    def reversed(self): return self.stationary * self.transition.T / self.stationary[:, None]
-    @cached_property
-    def committor(self): return solve_boundary(self.transition, np.where(self.states < 0, np.nan, self.states))
-    @cached_property
-    def backward_committor(self): return solve_boundary(self.reversed, np.where(self.states < 0, np.nan, 1 - self.states))
-    @cached_property
-    def mfpt_to_a(self): return solve_boundary(self.transition, np.where(self.states == 0, 0, np.nan), 1.)
-    @cached_property
-    def mfpt_to_b(self): return solve_boundary(self.transition, np.where(self.states == 1, 0, np.nan), 1.)
+    stationary = cached_property(lambda s: stationary(s.transition)) # (n,)
+    reversed = cached_property(lambda s: s.stationary * s.transition.T / s.stationary[:, None]) # (n, n), time-reversed chain
+    committor = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states < 0, np.nan, s.states))) # (n,)
+    backward_committor = cached_property(lambda s: solve_boundary(s.reversed, np.where(s.states < 0, np.nan, 1 - s.states)))
+    mfpt_to_a = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states == 0, 0, np.nan), 1.))
+    mfpt_to_b = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states == 1, 0, np.nan), 1.))
 
     @cached_property
     def rates(self) -> Rates:
@@ -233,3 +227,88 @@ def persist1d() -> MarkovSystem:
 
 # %% ../nbs/10_systems.ipynb #747ce5bd
 SYSTEMS = {'dw1d': dw1d, 'lshape2d': lshape2d, 'persist1d': persist1d} # constructors by name
+
+# %% ../nbs/10_systems.ipynb #44eabcd1
+def _plot_line(system, axes):
+    "Free energy and committor against x, one curve per value of the hidden coordinates."
+    x, hidden = system.coordinates[:, 0], system.coordinates[:, 1:]
+    for h in np.unique(hidden, axis=0):
+        k = (hidden == h).all(1)
+        label = ', '.join(f'{n} = {v:+g}' for n, v in zip(system.labels[1:], h)) or None
+        axes[0].plot(x[k], -np.log(system.stationary[k]), label=label)
+        axes[1].plot(x[k], system.committor[k], label=label)
+    for ax, y in zip(axes, ('free energy / kT', 'committor')):
+        for flag, name in ((0, 'A'), (1, 'B')):
+            inside = x[system.states == flag]
+            ax.axvspan(inside.min(), inside.max(), color='0.9', zorder=0)
+            ax.text(inside.mean(), 0.9, name, transform=ax.get_xaxis_transform(), ha='center')
+        ax.set(xlabel=f'{system.labels[0]} (no unit)', ylabel=y)
+    if hidden.size: axes[1].legend()
+
+def _plot_plane(system, axes):
+    "Free energy and committor over a square grid, with the outlines of A and B."
+    n = int(round(len(system.states)**0.5))
+    x, y = (system.coordinates[:, k].reshape(n, n) for k in (0, 1))
+    for ax, z, label in ((axes[0], -np.log(system.stationary), 'free energy / kT'), (axes[1], system.committor, 'committor')):
+        ax.figure.colorbar(ax.contourf(x, y, z.reshape(n, n), 20), ax=ax, label=label)
+        ax.contour(x, y, (system.states == 0).reshape(n, n), [0.5], colors='w'); ax.contour(x, y, (system.states == 1).reshape(n, n), [0.5], colors='w')
+        ax.set(xlabel=f'{system.labels[0]} (no unit)', ylabel=f'{system.labels[1]} (no unit)', aspect='equal')
+
+# %% ../nbs/10_systems.ipynb #6bc08a3a
+def plot_system(
+    system, # a `MarkovSystem`
+    axes=None, # two axes; made if not given
+): # the figure
+    "Free energy and exact committor of a system."
+    import matplotlib.pyplot as plt
+    if axes is None: axes = plt.subplots(1, 2, figsize=(7, 2.8), layout='constrained')[1]
+    is_grid = len(np.unique(system.coordinates[:, -1])) == round(len(system.states)**0.5) and system.coordinates.shape[1] == 2
+    (_plot_plane if is_grid else _plot_line)(system, axes)
+    axes[0].set_title(system.name)
+    return axes[0].figure
+
+# %% ../nbs/10_systems.ipynb #d487fd8d
+def given(
+    system, # a `MarkovSystem`
+    columns=(0,), # coordinates that the observer sees
+) -> np.ndarray: # (n,)
+    "Committor averaged over what is hidden: the conditional expectation of q given some of the coordinates."
+    seen = system.coordinates[:, list(columns)]
+    _, group = np.unique(seen, axis=0, return_inverse=True)
+    group, pi = group.ravel(), system.stationary
+    return (np.bincount(group, pi * system.committor) / np.bincount(group, pi))[group]
+
+# %% ../nbs/10_systems.ipynb #ac0022a5
+def martingale_defect(
+    system, # a `MarkovSystem`
+    f, # (n,) any function of the microstate
+) -> float:
+    "Largest expected change of f in one frame from a state outside A and B; zero for the committor."
+    return float(np.abs((system.transition @ f - f)[system.states < 0]).max())
+
+# %% ../nbs/10_systems.ipynb #ea14773f
+def shoot(
+    system, # a `MarkovSystem`
+    microstate: int, # where every trajectory starts
+    n_shots: int = 1000,
+    seed: int = 0,
+) -> float: # share of the trajectories that reach B first
+    "Committor of one microstate by counting absorbed trajectories; its standard error is $\\sqrt{q(1-q)/n}$."
+    shots = system.sample(1_000_000, n_shots, seed, ensemble='absorbed', start=microstate)
+    return float(np.mean([system.states[path[-1]] for path in shots]))
+
+# %% ../nbs/10_systems.ipynb #19779f9d
+def plot_lengths(
+    ensembles: dict, # name -> list of trajectories
+    states, # (n,) flags of the microstates
+    ax=None,
+): # the axes
+    "Share of trajectories that are longer than a number of frames, and how they ended."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(7, 3), layout='constrained')[1]
+    for name, paths in ensembles.items():
+        length = np.sort([len(p) for p in paths])
+        share = np.mean([states[p[-1]] >= 0 for p in paths])
+        ax.step(length, 1 - np.arange(len(length)) / len(length), where='post', label=f'{name}: {share:.0%} end in A or B')
+    ax.set(xlabel='length (frames)', ylabel='share of trajectories at least this long', xscale='log', ylim=(0, 1.05)); ax.legend()
+    return ax
