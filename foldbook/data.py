@@ -103,7 +103,7 @@ def shipped_directory() -> Path:
     "The repository's `data/`."
     return Path(__file__).parents[1]/'data' if '__file__' in globals() else Path('../data').resolve()
 
-# %% ../nbs/11_data.ipynb #30469705
+# %% ../nbs/11_data.ipynb #9b1e5fb4
 _villin = '''
 model.json f7436228715d361d182a0c832b8025d98ac7194c4ace0ab2ff45307758759adc 2191
 native.pdb 3a8b1cc25704ae2ed1d3144816fcb165b596fdb19ef84949eb2c15764ca9d4de 2978
@@ -111,6 +111,10 @@ villin_go-0.npy.xz 260346f70266227784819e5363cfbd511cb6a2cdc29870dbfc702da0e6993
 villin_go-1.npy.xz 632437b7b69792b40a0f424e3c3e872b635945187d280a6c8c7e795216699e10 1330252
 villin_go-2.npy.xz 48dbb333c03a0f47f3ce1eb5ef40d9d2f5c67294d57e67a89021a344734d761e 1330624
 villin_go-3.npy.xz 67c52858057f7182e7febe6c87942afe11b939a6b3bd273804265743f0193254 1331240
+villin_go-4.npy.xz bf81c615748764c919f325cb0bc14196fcac1bd37b6ce4527093d1d5c2458f94 1330096
+villin_go-5.npy.xz 0b0d71dbb3c6e33d3af8e05d3aaf975c78c587e6154996584cdc27615c2e3cbe 1329952
+villin_go-6.npy.xz bd4fc3b7bcb8661c0df662efcedb45f4baa61ec41e6284f6a18a23daba96135d 1330656
+villin_go-7.npy.xz 27ee8967f8f237af986f5b8e1984bc07d2505be1f00ff83276d97a34ec9df31f 1329944
 '''
 
 def _shipped_files(text): # lines "name sha256 bytes"

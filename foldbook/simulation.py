@@ -9,10 +9,10 @@ __all__ = ['TIME_STEP', 'FRICTION', 'BOLTZMANN', 'protein_chain', 'native_contac
            'pair_forces', 'cooperative_force', 'GoModel', 'go_model_from_pdb', 'go_system', 'shipped_model', 'energies',
            'derived_seed', 'run_segment', 'extended', 'simulate', 'workers', 'ensemble', 'native_fraction',
            'passage_times', 'plot_q', 'free_energy', 'plot_free_energy', 'shoot_frame', 'shoot', 'committor_estimate',
-           'choose_frames', 'shipped_shots', 'plot_shooting']
+           'choose_frames', 'shoot_ensemble', 'shipped_shots', 'plot_shooting']
 
-# %% ../nbs/12_simulation.ipynb #5d9def33
-import hashlib, json, os, time
+# %% ../nbs/12_simulation.ipynb #44201e96
+import hashlib, json, os, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 
 from .data import fetch, pack_trajectory, shipped_directory
 
-# %% ../nbs/12_simulation.ipynb #a1f2c2ec
+# %% ../nbs/12_simulation.ipynb #23f22925
 def protein_chain(path: str|Path,        # PDB file
                   chain: str|None = None # chain identifier; default the first that has whole residues
                   ) -> md.Trajectory:    # heavy atoms only
     "The residues of one chain of the first model; the first of alternate locations. Raises if there is none."
     if not Path(path).exists(): raise FileNotFoundError(f'{path}: no such structure file')
-    t = md.load_pdb(str(path), frame=0)
+    t = _first_model(path)
     whole = lambda r: {'N', 'CA', 'C'} <= {a.name for a in r.atoms}
     found = {}
     for c in t.topology.chains:
@@ -39,6 +39,14 @@ def protein_chain(path: str|Path,        # PDB file
     chain = next(iter(found)) if chain is None else chain
     if chain not in found: raise ValueError(f'{path}: no protein chain {chain!r}; it has {", ".join(found)}')
     return t.atom_slice([a.index for r in found[chain] for a in r.atoms if a.element.symbol not in ('H', 'D', 'VS')])
+
+# %% ../nbs/12_simulation.ipynb #70494d65
+def _first_model(path): # mdtraj reads all models and wants them alike
+    text = Path(path).read_text(errors='replace').split('ENDMDL')[0]
+    with tempfile.TemporaryDirectory() as tmp:
+        (one := Path(tmp)/'one.pdb').write_text('\n'.join(l for l in text.splitlines() if l.startswith(('ATOM', 'HETATM', 'TER'))) + '\nEND\n')
+        try: return md.load_pdb(str(one))
+        except (ValueError, IndexError, KeyError) as e: raise ValueError(f'{path}: not a PDB file that can be read ({e})') from e
 
 # %% ../nbs/12_simulation.ipynb #31147487
 def native_contacts(structure: md.Trajectory, # heavy atoms of one chain
@@ -558,9 +566,29 @@ def choose_frames(q: list,             # order parameter of each trajectory
         chosen.append(int(distance.argmin()))
     return pool[chosen]
 
-# %% ../nbs/12_simulation.ipynb #b0d265cc
-def shipped_shots(name: str = 'villin_go') -> dict: # arrays 'trajectory', 'frame', 'outcomes'; numbers 'seed', 'steps_per_frame'
-    "The shots that ship with a data set: chosen frames and how each shot ended."
+# %% ../nbs/12_simulation.ipynb #4a0bb076
+def shoot_ensemble(model: GoModel,
+                   xyz: list,           # (T, N, 3) nm, one a trajectory
+                   trajectories: list,  # numbers of those to choose frames from
+                   out: str|Path,       # npz file to make; resumable
+                   n: int = 60,         # frames
+                   n_shots: int = 40,   # a frame
+                   seed: int = 1,
+                   **settings           # of `shoot`
+                   ) -> dict:           # arrays 'trajectory', 'frame', 'outcomes'; numbers 'seed', 'steps_per_frame'
+    "Choose frames spread over Q in the given trajectories and shoot from each."
+    out = Path(out)
+    chosen = choose_frames([native_fraction(model, x) for x in xyz], trajectories, n, seed=seed)
+    so_far = out.with_name(out.name + '.part.npz')
+    outcomes = shoot(model, np.stack([xyz[k][t] for k, t in chosen]), n_shots, seed, so_far, **settings)
+    result = dict(trajectory=chosen[:, 0].astype(np.int8), frame=chosen[:, 1].astype(np.int32), outcomes=outcomes, seed=seed, steps_per_frame=settings.get('steps_per_frame', 1500))
+    _write_arrays(out, **result)
+    so_far.unlink()
+    return result
+
+# %% ../nbs/12_simulation.ipynb #174fa622
+def shipped_shots(name: str = 'villin_go') -> dict: # as `shoot_ensemble` returns
+    "The shots that ship with a data set."
     with np.load(fetch(name, progress=False).directory/'shooting.npz') as z: return {k: z[k] for k in z.files}
 
 def plot_shooting(q: np.ndarray, outcomes: np.ndarray, ax=None):
