@@ -11,9 +11,10 @@ __all__ = ['FEATURIZERS', 'DEFAULT', 'Features', 'Featurizer', 'ca_atoms', 'prot
            'surface_area', 'secondary_structure', 'named', 'default', 'stream', 'model_contacts', 'plot_series',
            'plot_contact_order', 'plot_plane']
 
-# %% ../nbs/13_features.ipynb #3d563c19
+# %% ../nbs/13_features.ipynb #2954850a
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -250,14 +251,14 @@ def _heavy_pairs(native, cutoff=0.45, separation=4): # atoms of residues at leas
     pairs = np.c_[heavy[i[far]], heavy[j[far]]]
     return pairs[md.compute_distances(native, pairs, periodic=False)[0] < cutoff]
 
-# %% ../nbs/13_features.ipynb #587ba7f2
+# %% ../nbs/13_features.ipynb #4bc09853
 def rmsd(
     native: md.Trajectory,
 ) -> Featurizer: # column RMSD, nm
     "C-alpha RMSD to the native structure after superposition."
     ca = ca_atoms(native.topology)
     reference = native.atom_slice(ca)
-    compute = lambda t: md.rmsd(t.atom_slice(_chain(t, len(ca))), reference)
+    compute = lambda t: md.rmsd(t.atom_slice(_chain(t, len(ca))), reference, parallel=False)
     return Featurizer(Features(('RMSD',), ('nm',), (_labels(native.topology, ca),)), compute)
 
 def radius_of_gyration(
@@ -274,7 +275,7 @@ def end_to_end(
     d = ca_distances(native, [[0, len(ca_atoms(native.topology)) - 1]])
     return Featurizer(Features(('end_to_end',), ('nm',), d.features.atoms), d.compute)
 
-# %% ../nbs/13_features.ipynb #9e60a60d
+# %% ../nbs/13_features.ipynb #f3c32e95
 def aligned_coordinates(
     native: md.Trajectory,
 ) -> Featurizer: # nm, columns x, y, z of each C-alpha
@@ -290,7 +291,7 @@ def surface_area(
 ) -> Featurizer: # column SASA, nm^2
     "Solvent-accessible surface (Shrake & Rupley 1973); raises `ValueError` for a topology of C-alphas only."
     _need_side_chains(native, 'surface_area', 'radius_of_gyration')
-    return Featurizer(Features(('SASA',), ('nm^2',), (_labels(native.topology, range(native.n_atoms)),)), lambda t: md.shrake_rupley(t).sum(1))
+    return Featurizer(Features(('SASA',), ('nm^2',), (_labels(native.topology, range(native.n_atoms)),)), lambda t: np.concatenate([md.shrake_rupley(frame) for frame in t]).sum(1)) # mdtraj's value of a frame depends on the frames before it in the call, by 0.1 %
 
 def secondary_structure(
     native: md.Trajectory,
@@ -335,7 +336,7 @@ def default(
     "What `foldbook run` computes: Q, RMSD, Rg, the end-to-end distance, and every native contact as soft contact and as distance."
     return named('default', native, pairs)
 
-# %% ../nbs/13_features.ipynb #ff1e9c35
+# %% ../nbs/13_features.ipynb #76f2b44b
 def _check_bonds(path, first, piece):
     "Neighbouring C-alphas are 0.38 nm apart; raises `ValueError` when a bond is longer than 5 nm, or most are longer than 1 nm."
     ca = ca_atoms(piece.topology)
@@ -346,7 +347,7 @@ def _check_bonds(path, first, piece):
         raise ValueError(f'{path}: frame {first + frame}, atom {piece.topology.atom(int(ca[k]))}: its neighbour in the chain is {bond.max():.1f} nm away; {cure}')
 
 def _featurize(path, topology, featurizer, chunk, progress, periodic): # one file
-    atoms, rows, n = protein_atoms(topology), [], 0
+    path, atoms, rows, n = Path(path), protein_atoms(topology), [], 0
     for _, piece in stream_frames([path], topology, chunk, atoms, progress):
         if periodic: piece = piece.make_molecules_whole()
         _check_bonds(path, n, piece)
@@ -366,7 +367,7 @@ def stream(
     "Features of trajectory files; raises `ValueError` naming file, frame and atom of a damaged one. No frame is skipped."
     files = [files] if isinstance(files, (str, Path)) else list(files)
     top = topology if isinstance(topology, md.Topology) else md.load_topology(str(topology))
-    task = lambda f: _featurize(Path(f), top, featurizer, chunk, progress and client is None, periodic)
+    task = partial(_featurize, topology=top, featurizer=featurizer, chunk=chunk, progress=progress and client is None, periodic=periodic)
     arrays = [task(f) for f in files] if client is None else client.gather(client.map(task, files, pure=False))
     return arrays, featurizer.features
 
@@ -416,19 +417,20 @@ def plot_contact_order(
     ax.set(xlabel='fraction of native contacts Q', ylabel='contact, short to long range')
     return ax
 
-# %% ../nbs/13_features.ipynb #360b2779
+# %% ../nbs/13_features.ipynb #326bde1e
 def plot_plane(
     x: np.ndarray, # (T, F), all trajectories together
     features: Features,
     names: tuple = ('Q', 'RMSD'), # the two axes
-    n_bins: int = 50,
+    n_bins: int = 25, # a fraction is binned between 0 and 1
     ax=None,
 ):
     "Free energy -ln(histogram) in the plane of two columns, kT; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3.5))[1]
     i, j = features.select(names)
-    h, ex, ey = np.histogram2d(x[:, i], x[:, j], n_bins)
+    edges = [np.linspace(0, 1, n_bins + 1) if not features.units[k] else np.histogram_bin_edges(x[:, k], n_bins) for k in (i, j)]
+    h, ex, ey = np.histogram2d(x[:, i], x[:, j], edges)
     with np.errstate(divide='ignore'): f = -np.log(h/h.max())
     mesh = ax.pcolormesh(ex, ey, np.where(np.isfinite(f), f, np.nan).T, cmap='viridis')
     ax.figure.colorbar(mesh, label='free energy (kT)')
