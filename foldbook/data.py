@@ -48,7 +48,7 @@ class DataSet:
     megabytes: float|None = None         # as its authors state it, where exact sizes are not published
     directory: Path|None = None          # where the files are; set by `fetch`
 
-# %% ../nbs/11_data.ipynb #f90361a8
+# %% ../nbs/11_data.ipynb #2e590f71
 def _matches(self, pattern):
     if self.directory is None: raise FileNotFoundError(f'data set {self.name!r} has no files yet: use foldbook.data.fetch({self.name!r})')
     return sorted(p for p in self.directory.rglob(pattern) if p.is_file()) if pattern else []
@@ -58,10 +58,12 @@ def _topology(self) -> Path:
     if not (found := _matches(self, self.topology_pattern)): raise FileNotFoundError(f'data set {self.name!r} has no topology file')
     return found[0]
 
+# %% ../nbs/11_data.ipynb #3ad2e719
 def _trajectories(self) -> list: # of Path
     "The trajectory files, in order."
     return _matches(self, self.trajectory_pattern)
 
+# %% ../nbs/11_data.ipynb #66274ecc
 def _size(self) -> float|None: # bytes
     "Size of the files as they travel: exact where published, else as stated, else None."
     sizes = [f.size for f in self.files]
@@ -135,11 +137,12 @@ def _mdshare_files(text): # lines "name md5 bytes"
 
 _cc_by = 'CC-BY 4.0'
 
-# %% ../nbs/11_data.ipynb #50d09653
+# %% ../nbs/11_data.ipynb #37e22bf9
 register(DataSet('ala2_dihedrals', 'downloaded', 'Alanine dipeptide in water, 3 x 250 ns: backbone dihedrals every ps', _mdshare_files('''
 alanine-dipeptide-3x250ns-backbone-dihedrals.npz 3fa7c72ba512213a3860f9691602cdc7 6000544
 '''), frame_spacing_ps=1.0, temperature_kelvin=300.0, units='rad, ps, K', licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
 
+# %% ../nbs/11_data.ipynb #44a8d206
 register(DataSet('ala2', 'downloaded', 'Alanine dipeptide in water, 3 x 250 ns, 22 atoms every ps', _mdshare_files('''
 alanine-dipeptide-nowater.pdb 728635667ed4937cf4a0e5b7c801d9ea 1813
 alanine-dipeptide-0-250ns-nowater.xtc e82ba584d8e64491f30bd1d9dd019687 42909936
@@ -147,6 +150,7 @@ alanine-dipeptide-1-250ns-nowater.xtc 96b7686aa28a459d51a0d77c2dd0316e 42911308
 alanine-dipeptide-2-250ns-nowater.xtc 6d3a8d9aecb3aa0e0a1ea9b195b7dfe0 42907500
 '''), '*.xtc', '*.pdb', 1.0, 300.0, licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
 
+# %% ../nbs/11_data.ipynb #cefd5b54
 register(DataSet('ala2_forces', 'downloaded', 'Alanine dipeptide in water, a million frames with forces', _mdshare_files('''
 alanine-dipeptide-1Mx1ps-with-force.npz c35a55fb5e5cec0d49e4275d62493ab9 463525559
 '''), frame_spacing_ps=1.0, temperature_kelvin=300.0, licence=_cc_by, citation='mdshare', how_made='explicit water'))
@@ -171,7 +175,7 @@ register(DataSet('pentapeptide', 'downloaded', 'The pentapeptide WLALL in implic
     _mdshare_files('pentapeptide-impl-solv.pdb c52f482024e0ec7dcd64f2b925b53c2b 7501\n' + _penta), '*.xtc', '*.pdb', 100.0, 300.0,
     licence=_cc_by, citation='Scherer et al., J. Chem. Theory Comput. 11, 5525 (2015)', how_made='Gromacs, implicit solvent (GBSA)'));
 
-# %% ../nbs/11_data.ipynb #3a1afbbd
+# %% ../nbs/11_data.ipynb #287e758e
 _figshare = 'https://ndownloader.figshare.com/'
 
 register(DataSet('adk_equilibrium', 'downloaded', 'Adenylate kinase, 1.004 us in explicit water, protein only, 4187 frames',
@@ -179,6 +183,7 @@ register(DataSet('adk_equilibrium', 'downloaded', 'Adenylate kinase, 1.004 us in
      File('1ake_007-nowater-core-dt240ps.dcd', 'sha256:598fcbcfcc425f6eafbe9997238320fcacc6a4613ecce061e1521732bab734bf', None, _figshare + 'files/8672074')),
     '*.dcd', '*.psf', 240.0, 300.0, licence=_cc_by, citation='Seyler and Beckstein, doi 10.6084/m9.figshare.5108170.v1', how_made='CHARMM27, explicit water', megabytes=161))
 
+# %% ../nbs/11_data.ipynb #cee2ceee
 register(DataSet('adk_dims', 'downloaded', 'Adenylate kinase, 200 paths from closed to open by dynamic importance sampling',
     (File('DIMS.tar.gz', 'sha256:81dfd247da7084bc7f47889c098069978b61f8f8b4f7706841266d284bfd3b55', None, _figshare + 'files/13182490'),),
     '*.dcd', '*.psf', licence=_cc_by, citation='Seyler and Beckstein, doi 10.6084/m9.figshare.7165306', how_made='DIMS in implicit solvent: paths, not equilibrium', megabytes=757))
@@ -204,10 +209,11 @@ for _p, _gb in dict(chignolin=1.4, trpcage=2.3, bba=7.2, villin=5.5, wwdomain=31
     register(DataSet(f'majewski_{_p}_ca', 'downloaded', f'{_p}: C-alpha training positions, forces, forces less the prior, bead types',
         tuple(File(f, None, None, f'{_htmd}protein_thermodynamics_data/training_data/{f}') for f in _f), units='angstrom, kcal/mol/angstrom', **_majewski))
 
-# %% ../nbs/11_data.ipynb #4ec771e4
+# %% ../nbs/11_data.ipynb #03cdb00a
 register(DataSet('pdb', 'downloaded', 'A structure of the Protein Data Bank: pdb:2F4K', (File('{id}.pdb', url='https://files.rcsb.org/download/{id}.pdb'),), '', '*.pdb',
     licence='CC0 1.0', citation='Berman et al., Nucleic Acids Res. 28, 235 (2000)', how_made='experiment'))
 
+# %% ../nbs/11_data.ipynb #8d9bec57
 register(DataSet('mdcath', 'downloaded', 'One CATH domain at five temperatures, with forces, HDF5: mdcath:12asA00',
     (File('mdcath_dataset_{id}.h5', url='https://huggingface.co/datasets/compsciencelab/mdCATH/resolve/main/data/mdcath_dataset_{id}.h5'),),
     frame_spacing_ps=1000.0, licence=_cc_by, citation='Mirarchi et al., Sci. Data 11, 1299 (2024)', how_made='CHARMM22*, explicit water, 320 to 450 K, 5 replicas'))
@@ -216,6 +222,7 @@ register(DataSet('atlas', 'downloaded', 'One protein of ATLAS, 3 x 100 ns, prote
     (File('{id}_protein.zip', url='https://www.dsimb.inserm.fr/ATLAS/database/ATLAS/{id}/{id}_protein.zip'),), '*.xtc', '*.pdb', 10.0, 300.0,
     licence='CC-BY-NC 4.0', citation='Vander Meersche et al., Nucleic Acids Res. 52, D384 (2024)', how_made='CHARMM36m, explicit water'))
 
+# %% ../nbs/11_data.ipynb #c6301bde
 _lfs = 'https://media.githubusercontent.com/media/moldyn/HP35-DESRES/main/'
 register(DataSet('hp35_desres', 'downloaded', 'Villin HP35 in explicit water, 300 us: shifted backbone dihedrals and contact distances',
     (File('hp35.dihs.shifted.bz2', 'sha256:97c8b0a228c8452242bf51cdd53d752fa1b5e968816bb34b9dde846fede1c543', 272206340, _lfs + 'hp35.dihs.shifted.bz2'),
@@ -227,6 +234,7 @@ register(DataSet('villin_rmsd', 'downloaded', 'Villin 2F4K: C-alpha RMSD series 
     (File('2f4k.CArmsd', url='https://raw.githubusercontent.com/krivovsv/optimalrcs/main/tests/data/2f4k.CArmsd'),), units='angstrom',
     frame_spacing_ps=200.0, temperature_kelvin=360.0, licence='MIT (series); D. E. Shaw Research agreement (trajectory)', citation='Krivov, J. Chem. Theory Comput. 14, 3418 (2018)', how_made='Anton'))
 
+# %% ../nbs/11_data.ipynb #7f2387a4
 register(DataSet('desres', 'on request', 'Twelve fast folders, all atoms, 100 us to 3 ms each', trajectory_pattern='*.dcd', topology_pattern='*.pdb', frame_spacing_ps=200.0,
     licence='D. E. Shaw Research agreement: non-commercial research, no redistribution', citation='Lindorff-Larsen et al., Science 334, 517 (2011)', how_made='ask trajectories@deshawresearch.com'));
 
@@ -293,7 +301,7 @@ def cache_directory() -> Path:
     "Where fetched and unpacked files live."
     return Path(os.environ.get('FOLDBOOK_CACHE') or pooch.os_cache('foldbook'))
 
-# %% ../nbs/11_data.ipynb #cde30538
+# %% ../nbs/11_data.ipynb #900da052
 def _fetch_shipped(d, cache, progress):
     source = shipped_directory()/d.name
     paths = [check_file(source/f.name, f) for f in d.files]
@@ -308,6 +316,7 @@ def _fetch_shipped(d, cache, progress):
         else: _copy(p, out)
     return target
 
+# %% ../nbs/11_data.ipynb #5b1c8712
 def _copy(source, out):
     tmp = out.with_name(f'{out.name}.{os.getpid()}.tmp')
     shutil.copyfile(source, tmp)
@@ -323,7 +332,7 @@ def _download(d: DataSet, f: File, target: Path, progress: bool) -> Path:
     except ValueError as e:
         raise ValueError(f'data set {d.name!r}: what {f.url} sends has not the checksum {f.checksum}; it changed or was cut short. {by_hand}.') from e
 
-# %% ../nbs/11_data.ipynb #0656a944
+# %% ../nbs/11_data.ipynb #892dde56
 _archives = ('.zip', '.tar.gz', '.tgz', '.tar')
 
 def _unpack_archive(path):
@@ -337,6 +346,7 @@ def _unpack_archive(path):
     except (tarfile.TarError, shutil.ReadError, EOFError, gzip.BadGzipFile) as e: raise ValueError(f'{path} is not a whole archive ({e}); delete it and fetch again') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../nbs/11_data.ipynb #9a8a0a8a
 def _fetch_downloaded(d, cache, progress):
     if any('{id}' in f.name for f in d.files): raise ValueError(f'{d.name!r} holds many systems; name one as {d.name}:ID ({d.description})')
     target = cache/d.name
@@ -385,18 +395,20 @@ def stream_frames(files: list,           # trajectory files; one path is a list 
                 yield k, piece
             _check_length(path, n)
 
-# %% ../nbs/11_data.ipynb #7bec7200
+# %% ../nbs/11_data.ipynb #a60c8843
 def _pieces(path, top, chunk, atoms): # mdtraj's own errors do not name the file
     try: yield from md.iterload(str(path), top=top, chunk=chunk, atom_indices=atoms)
     except (RuntimeError, OSError, EOFError) as e: raise ValueError(f'{path}: cannot be read to its end, the file is cut short or damaged ({e})') from e
     except ValueError as e: raise ValueError(f'{path}: does not fit the topology of {top.n_atoms} atoms ({e})') from e
 
+# %% ../nbs/11_data.ipynb #ecffb0f9
 def _check_numbers(path, first, piece):
     bad = ~np.isfinite(piece.xyz).all(axis=2)
     if bad.any():
         frame, atom = np.argwhere(bad)[0]
         raise ValueError(f'{path}: frame {first + frame}, atom {piece.topology.atom(int(atom))}: position is not a number')
 
+# %% ../nbs/11_data.ipynb #71aa8ff4
 def _check_length(path, n):
     if n == 0: raise ValueError(f'{path}: no frames')
     if path.suffix == '.dcd':

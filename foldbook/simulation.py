@@ -159,7 +159,7 @@ def go_model_from_pdb(path: str|Path,        # PDB file, or a PDB id to download
     if not len(contacts): raise ValueError(f'{path}: no native contact between residues three or more apart')
     return GoModel(name or Path(path).stem, [r.name for r in t.topology.residues], xyz, contacts, **(dict(source=Path(path).name) | parameters))
 
-# %% ../nbs/12_simulation.ipynb #469f595e
+# %% ../nbs/12_simulation.ipynb #5204ef0d
 def _settings(model): # every field as json-able numbers
     return asdict(model) | dict(xyz=np.asarray(model.xyz).tolist(), contacts=np.asarray(model.contacts).tolist(), dihedral_constants=list(model.dihedral_constants))
 
@@ -170,11 +170,13 @@ def _write_text(path, text):
     os.replace(tmp, path)
     return path
 
+# %% ../nbs/12_simulation.ipynb #5fad4ac0
 def _load_model(path):
     try: d = json.loads(Path(path).read_text())
     except json.JSONDecodeError as e: raise ValueError(f'{path}: not a model written by GoModel.save ({e})') from e
     return GoModel(**d | dict(xyz=np.array(d['xyz']), contacts=np.array(d['contacts']), dihedral_constants=tuple(d['dihedral_constants'])))
 
+# %% ../nbs/12_simulation.ipynb #0d96074c
 def _native(model):
     top = md.Topology()
     c = top.add_chain()
@@ -214,11 +216,12 @@ def energies(model: GoModel,
         for g in range(context.getSystem().getNumForces()): out[k, g] = context.getState(getEnergy=True, groups={g}).getPotentialEnergy()._value
     return out
 
-# %% ../nbs/12_simulation.ipynb #ba82611e
+# %% ../nbs/12_simulation.ipynb #f74f16bc
 TIME_STEP = 0.004 # ps
 FRICTION = 0.5    # 1/ps
 BOLTZMANN = 0.00831446261815324 # kJ/mol/K
 
+# %% ../nbs/12_simulation.ipynb #0f26b0f1
 def _context(model, temperature, seed): # one thread; for beads this few the Reference platform is the fastest
     integrator = mm.LangevinMiddleIntegrator(temperature, FRICTION, TIME_STEP)
     integrator.setRandomNumberSeed(seed)
@@ -251,7 +254,7 @@ def run_segment(model: GoModel,
     v = context.getState(getVelocities=True).getVelocities(asNumpy=True)._value
     return xyz, energy, dict(x=xyz[-1].copy(), v=np.array(v))
 
-# %% ../nbs/12_simulation.ipynb #c1f07ff7
+# %% ../nbs/12_simulation.ipynb #c686a8b5
 def _write_part(part, size, xyz, first, spacing): # append whole xtc frames after the first `size` bytes
     tmp = part.with_suffix('.segment')
     with md.formats.XTCTrajectoryFile(str(tmp), 'w') as f:
@@ -267,6 +270,7 @@ def _write_part(part, size, xyz, first, spacing): # append whole xtc frames afte
     tmp.unlink()
     return size
 
+# %% ../nbs/12_simulation.ipynb #c3e898df
 def _write_arrays(path, **arrays):
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     with open(tmp, 'wb') as f: np.savez(f, **arrays)
@@ -280,10 +284,11 @@ def _check_frames(xyz, energy, limit, where): # a wrong trajectory must not be w
         raise ValueError(f'{where}, frame {k}: energy {energy[k]:.4g} kJ/mol (limit {limit:.4g}); '
                          'the integration failed: lower contact_energy or the temperature, or keep angle_constant at 40 or more')
 
-# %% ../nbs/12_simulation.ipynb #bf7dff73
+# %% ../nbs/12_simulation.ipynb #7a85f11a
 def _task(model, **settings): # what a checkpoint must agree with
     return hashlib.sha256(json.dumps([_settings(model), settings], sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/12_simulation.ipynb #51aabef8
 def _resume(checkpoint, task, model, temperature, start, seed):
     if checkpoint.exists():
         c = np.load(checkpoint)
@@ -295,7 +300,7 @@ def _resume(checkpoint, task, model, temperature, start, seed):
     v = context.getState(getVelocities=True).getVelocities(asNumpy=True)._value
     return dict(x=np.asarray(start, float), v=np.array(v)), 0, 0, -np.inf
 
-# %% ../nbs/12_simulation.ipynb #70f9b433
+# %% ../nbs/12_simulation.ipynb #95acbd6c
 def extended(model: GoModel) -> np.ndarray: # (N, 3) nm
     "A flat zigzag with the native bond lengths and angles: every contact broken."
     r, theta, _ = internal_coordinates(model.xyz)
@@ -303,6 +308,7 @@ def extended(model: GoModel) -> np.ndarray: # (N, 3) nm
     steps = r[:, None]*np.stack([np.cos(turn), np.sin(turn), 0*turn], axis=1)
     return np.concatenate([np.zeros((1, 3)), np.cumsum(steps, axis=0)])
 
+# %% ../nbs/12_simulation.ipynb #f6de499b
 def _start(model, start):
     if not isinstance(start, str): return np.asarray(start, float)
     if start not in ('native', 'extended'): raise ValueError(f"start is 'native', 'extended' or positions, not {start!r}")
@@ -344,7 +350,7 @@ def simulate(model: GoModel,
     checkpoint.unlink(missing_ok=True)
     return out
 
-# %% ../nbs/12_simulation.ipynb #1bd583ad
+# %% ../nbs/12_simulation.ipynb #06d82a22
 def _part(out): return out.with_name(out.name + '.part')
 
 def _finished(out, record, task):
@@ -352,6 +358,7 @@ def _finished(out, record, task):
     if out.exists() and json.loads(record.read_text())['task'] == task: return True
     raise ValueError(f'{out} was made by another model, seed or length; delete it and {record.name} or choose another output')
 
+# %% ../nbs/12_simulation.ipynb #c1462483
 class _Bar:
     "A progress bar that says ns a day."
     def __init__(self, name, total, done, steps_per_frame, progress):
@@ -404,7 +411,7 @@ def ensemble(model: GoModel,
     for out in outs: out.unlink()
     return packed
 
-# %% ../nbs/12_simulation.ipynb #86c47127
+# %% ../nbs/12_simulation.ipynb #23348096
 def _simulate_all(model, jobs, client, n_workers, progress, total, steps_per_frame):
     from distributed import wait
     frames = lambda: sum(_frames_done(job) for job in jobs)
@@ -416,6 +423,7 @@ def _simulate_all(model, jobs, client, n_workers, progress, total, steps_per_fra
             bar.update(frames() - bar.bar.n)
         c.gather(futures)
 
+# %% ../nbs/12_simulation.ipynb #3def2b16
 def _frames_done(job): # from what is on disk
     out = job['out']
     if out.exists(): return job['n_frames'] + job['burn_in']
@@ -457,7 +465,7 @@ def plot_q(q: list, spacing_ps: float, ax=None):
     ax[-1].set_xlabel('time (ns, reduced units)')
     return ax
 
-# %% ../nbs/12_simulation.ipynb #ab8c9b58
+# %% ../nbs/12_simulation.ipynb #d16519cf
 def free_energy(q: list, edges: np.ndarray) -> tuple: # F (n_bins,) in kT, standard error over trajectories
     "Free energy of a histogram, lowest bin zero, with the standard error over trajectories."
     p = np.stack([np.histogram(x, edges)[0]/len(x) for x in q])
@@ -465,6 +473,7 @@ def free_energy(q: list, edges: np.ndarray) -> tuple: # F (n_bins,) in kT, stand
     with np.errstate(divide='ignore', invalid='ignore'): f, df = -np.log(mean), se/mean
     return f - f[np.isfinite(f)].min(), df
 
+# %% ../nbs/12_simulation.ipynb #2d1bbec6
 def plot_free_energy(q: list, ax=None):
     "Free energy along the fraction of native contacts, with its standard error."
     import matplotlib.pyplot as plt
@@ -523,7 +532,7 @@ def shoot(model: GoModel,
     if (n := int((outcomes < 0).sum())): print(f'{n} of {outcomes.size} shots reached neither state and stay undecided (-1)')
     return outcomes
 
-# %% ../nbs/12_simulation.ipynb #7711be32
+# %% ../nbs/12_simulation.ipynb #28ef8cf2
 def _shots_so_far(out, task, n_frames, n_shots):
     if out and Path(out).exists():
         z = np.load(out)
@@ -531,6 +540,7 @@ def _shots_so_far(out, task, n_frames, n_shots):
         return z['outcomes'].copy(), z['done'].copy()
     return np.full((n_frames, n_shots), -1, np.int8), np.zeros(n_frames, bool)
 
+# %% ../nbs/12_simulation.ipynb #866db13c
 def _shots(model, xyz, left, seed, n_shots, settings, client, n_workers): # yields (frame, outcomes) as they come
     if (n_workers == 1 and client is None) or not len(left):
         for k in left: yield k, shoot_frame(model, xyz[k], derived_seed(seed, int(k)), n_shots, **settings)
@@ -586,11 +596,12 @@ def shoot_ensemble(model: GoModel,
     so_far.unlink()
     return result
 
-# %% ../nbs/12_simulation.ipynb #174fa622
+# %% ../nbs/12_simulation.ipynb #e131536a
 def shipped_shots(name: str = 'villin_go') -> dict: # as `shoot_ensemble` returns
     "The shots that ship with a data set."
     with np.load(fetch(name, progress=False).directory/'shooting.npz') as z: return {k: z[k] for k in z.files}
 
+# %% ../nbs/12_simulation.ipynb #2c6c5c0f
 def plot_shooting(q: np.ndarray, outcomes: np.ndarray, ax=None):
     "Measured committor against an order parameter, with binomial standard errors."
     import matplotlib.pyplot as plt
