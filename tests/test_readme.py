@@ -1,0 +1,63 @@
+"What the README says is true: its commands run, its table is the run's, its links lead somewhere."
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT/'README.md').read_text()
+COMMANDS = [line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.splitlines() if line.strip()]
+
+
+def test_leaderboard_is_that_of_the_run():
+    from foldbook.evaluate import markdown_table
+    board = json.loads((ROOT/'runs'/'default'/'leaderboard.json').read_text())
+    written = README.split('<!-- leaderboard:start -->')[1].split('<!-- leaderboard:end -->')[0]
+    assert markdown_table(board['rows']) in written and board['headline'] in written
+    assert len(board['rows']) >= 8
+
+
+def test_first_screen():
+    first = README.split('\n## ')[0]
+    assert COMMANDS[:2] == ['make run', 'make test']
+    assert first.count('![') == 1 and '<!-- leaderboard:start -->' in first
+
+
+def test_links_and_figure_exist():
+    missing = [link for link in re.findall(r'\]\((?!https?:)([^)]+)\)', README) if not (ROOT/link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('make')] + ['make docs', 'make lab', 'make readme', 'make help'])
+def test_make_targets_exist(command):
+    subprocess.run([*command.split(), '--dry-run'], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.fixture
+def own_files(tmp_path):
+    "The files that the README's commands name: three trajectories, a native structure, a coordinate with its flags."
+    from foldbook.data import fetch
+    from foldbook.systems import dw1d
+    villin, system = fetch('villin_go', progress=False), dw1d()
+    for name, path in zip('abc', villin.trajectories): shutil.copy(path, tmp_path/f'{name}.xtc')
+    shutil.copy(villin.topology, tmp_path/'native.pdb')
+    _, (flags,), (q,) = system.observe(system.sample(50_000, seed=1))
+    np.save(tmp_path/'rc.npy', q)
+    np.save(tmp_path/'flags.npy', flags)
+    return tmp_path
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('foldbook')])
+def test_commands_on_own_trajectories(command, own_files):
+    program, *arguments = shlex.split(command)
+    quick = ['--quick'] if arguments[0] == 'run' else []
+    done = subprocess.run([Path(sys.executable).parent/program, *arguments, *quick], cwd=own_files, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if quick: assert (own_files/'runs'/'mine'/'report.html').exists()
+    else: assert 'PASS' in done.stdout
