@@ -12,8 +12,8 @@ __all__ = ['COLUMNS', 'LEGEND', 'replacing', 'write_json', 'Split', 'split', 'Di
            'figure_series', 'figure_learning', 'figure_shooting', 'cells', 'write_report', 'run', 'read_leaderboard',
            'markdown_table', 'write_readme']
 
-# %% ../nbs/60_evaluation.ipynb #f89116b5
-import base64, hashlib, importlib.metadata, io, json, os, platform, shutil, time
+# %% ../nbs/60_evaluation.ipynb #1e76c914
+import base64, hashlib, importlib.metadata, json, os, platform, re, shutil, time
 from dataclasses import dataclass, field, asdict, replace
 from pathlib import Path
 import numpy as np
@@ -278,34 +278,36 @@ def choose(validation # rows of `judge` on the validation part
     table = leaderboard(r for r in validation if not r['in_sample'])
     return str(table.coordinate[0])
 
-# %% ../nbs/60_evaluation.ipynb #5b9c1d07
+# %% ../nbs/60_evaluation.ipynb #316a642f
 def headline(table, # leaderboard on the test part
              chosen: str # name
             ) -> str:
     "The result in two sentences."
     t = table.set_index('coordinate')
-    c, others = t.loc[chosen], t[~t.in_sample & (t.kind == 'one-dimensional')]
+    c, others = t.loc[chosen], t[~t.in_sample.astype(bool) & (t.kind == 'one-dimensional')]
     rival = others.sort_values('log_loss').iloc[0] if len(others) else None
     text = (f'{chosen}, chosen on the validation part, {"PASSES" if c.passed else "FAILS"} Z_q on {int(c.frames):,} held-out frames with {int(c.events)} folding events: '
-            f'T_max = {_pm(c.t_max, c.t_max_se)} (limit 3.0), log-loss {c.log_loss:.3f}, AUC {c.auc:.3f}. ')
+            f'T_max {_pm(c.t_max, c.t_max_se)} (limit 3.0), log-loss {c.log_loss:.3f}, AUC {c.auc:.3f}. ')
     if not c.passed: text += f'Reason: {c.reason}. '
     if rival is None or rival.name == chosen: return text.strip()
-    return text + f'The best order parameter by log-loss, {rival.name}, has T_max = {_pm(rival.t_max, rival.t_max_se)} ({"pass" if rival.passed else "fail"}) and log-loss {rival.log_loss:.3f}.'
+    return text + f'The best order parameter by log-loss, {rival.name}, has T_max {_pm(rival.t_max, rival.t_max_se)} ({"pass" if rival.passed else "fail"}) and log-loss {rival.log_loss:.3f}.'
 
 def _pm(x, e, digits=1):
     if x is None or not np.isfinite(x): return '–'
     return f'{x:.{digits}f}' + (f' ± {e:.{digits}f}' if e is not None and np.isfinite(e) else '')
 
-# %% ../nbs/60_evaluation.ipynb #29482a4e
+# %% ../nbs/60_evaluation.ipynb #2fb801d5
 @dataclass
 class Config:
     "What a run depends on. Empty `trajectories` means the shipped data set `data`."
-    data: str='villin_go' # name in `foldbook.data`
+    data: str='villin_go' # name in `foldbook.data`, or a directory that `foldbook simulate` wrote
     trajectories: tuple=() # files of your own
-    topology: str='' # native structure of those files
+    topology: str='' # structure with the same atoms as those files
+    native: str='' # native structure; empty when it is `topology`
+    periodic: bool=False # make molecules whole across the box
     unfolded: str='' # condition for A; empty takes the data set's, or Q < 0.25
     folded: str='' # condition for B; empty takes the data set's, or Q > 0.8
-    features: str='default' # what `foldbook.features` computes
+    features: str='default' # featurizers of `foldbook.features`, joined by +
     lag: int=10 # of TICA, frames
     max_lag: int=0 # end of the Z_q ladder, frames; 0 lets the data decide
     split_seed: int=None # None: the last trajectories test
@@ -328,13 +330,14 @@ def quick(**settings) -> Config:
     small = dict(max_frames=2500, n_bootstrap=30, students=('lstm:martingale', 'transformer:martingale'), student_options=dict(max_epochs=6, hidden=8), teacher_options=dict(n_iterations=300))
     return Config(**(small | settings))
 
-# %% ../nbs/60_evaluation.ipynb #24baa84a
+# %% ../nbs/60_evaluation.ipynb #365461a5
 @dataclass
 class Inputs:
     "The files behind a run."
     name: str # of the data
     files: list # of Path
-    topology: Path # structure with native coordinates
+    topology: Path # names the atoms
+    native: Path # native structure
     unfolded: str # condition for A
     folded: str # condition for B
     spacing_ps: float # between frames; nan when unknown
@@ -346,22 +349,34 @@ def find_inputs(config) -> Inputs:
     "Files, topology and states of a configuration. Raises `FileNotFoundError` naming a missing file, `ValueError` for a missing option."
     if not config.trajectories: return _registered(config)
     if not config.topology: raise ValueError('trajectories need a native structure: give it with --top')
-    files, top = [Path(f) for f in config.trajectories], Path(config.topology)
-    for f in [*files, top]:
+    files, top, native = [Path(f) for f in config.trajectories], Path(config.topology), Path(config.native or config.topology)
+    for f in [*files, top, native]:
         if not f.exists(): raise FileNotFoundError(f'{f}: no such file')
-    return Inputs(top.stem, files, top, config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8', np.nan, np.nan,
-                  Path(config.shooting) if config.shooting else None, f'{len(files)} trajectories of {top.stem}, given by the user.')
+    return Inputs(native.stem, files, top, native, config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8', np.nan, np.nan,
+                  Path(config.shooting) if config.shooting else None, f'{len(files)} trajectories of {native.stem}, given by the user.')
 
-# %% ../nbs/60_evaluation.ipynb #d37f303f
+# %% ../nbs/60_evaluation.ipynb #04612d8d
 def _registered(config):
+    "A data set by name, or a directory that `foldbook simulate` wrote."
+    if Path(config.data).is_dir(): return _simulated(config, Path(config.data))
     from foldbook.data import fetch
-    d = fetch(config.data)
-    shots = Path(config.shooting) if config.shooting else Path(d.topology).parent/'shooting.npz'
-    words = ' '.join(str(w).strip().rstrip('.') + '.' for w in (getattr(d, 'description', ''), getattr(d, 'how_made', '')) if w)
-    return Inputs(config.data, list(map(Path, d.trajectories)), Path(d.topology), config.unfolded or d.states['unfolded'], config.folded or d.states['folded'],
+    d = fetch(config.data, progress=False)
+    shots = Path(config.shooting) if config.shooting else d.topology.parent/'shooting.npz'
+    words = f'{d.description}. Made by: {d.how_made}. Licence: {d.licence}.'
+    return Inputs(config.data, d.trajectories, d.topology, d.topology, config.unfolded or d.states['unfolded'], config.folded or d.states['folded'],
                   float(d.frame_spacing_ps or np.nan), float(d.temperature_kelvin or np.nan), shots if shots.exists() else None, words)
 
-# %% ../nbs/60_evaluation.ipynb #63d3f293
+def _simulated(config, home):
+    files = sorted(home.glob('*.xtc'), key=lambda p: (len(p.name), p.name))
+    if not files or not (home/'native.pdb').exists(): raise FileNotFoundError(f'{home}: no trajectories (*.xtc) with native.pdb; make them with foldbook simulate, or use --traj and --top')
+    shots = Path(config.shooting) if config.shooting else home/'shooting.npz'
+    return Inputs(home.name, files, home/'native.pdb', home/'native.pdb', config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8', np.nan, np.nan, shots if shots.exists() else None,
+                  f'{len(files)} trajectories of the structure-based model in {home}.')
+
+# %% ../nbs/60_evaluation.ipynb #98b3fd6c
+_BEFORE_STATES = ('data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'max_frames') # settings behind the features
+
+# %% ../nbs/60_evaluation.ipynb #703ebd1d
 class Run:
     "A run directory: `stage` does what is not done yet. Raises `ValueError` if the directory holds a run with another configuration."
     def __init__(self,
@@ -377,10 +392,18 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
         stored = self.path/'config.json'
-        if stored.exists():
-            if changed := config.difference(load_config(stored)):
+        if stored.exists() and (changed := config.difference(load_config(stored))):
+            if not self._may_change([line.split(':')[0] for line in changed]):
                 raise ValueError(f'{self.path} holds a run with other settings ({"; ".join(changed)}): choose another --out, or --overwrite it')
-        else: write_json(stored, asdict(config))
+        write_json(stored, asdict(config))
+
+    def _may_change(self, keys) -> bool:
+        "Settings may change before a stage that depends on them is done."
+        done = {p.stem for p in (self.path/'stages').glob('*.json')}
+        if not done: # what an interrupted first stage left is of the old settings
+            shutil.rmtree(self.path/'features', ignore_errors=True)
+            (self.path/'inputs.json').unlink(missing_ok=True)
+        return not done or done == {'features'} and not set(keys) & set(_BEFORE_STATES)
 
     def _lock(self):
         if os.name != 'posix': return
@@ -430,7 +453,7 @@ def load_config(path) -> Config:
     d = json.loads(Path(path).read_text())
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../nbs/60_evaluation.ipynb #a8fb8277
+# %% ../nbs/60_evaluation.ipynb #b1870554
 def _fingerprint(path, whole=2**28) -> dict:
     "Size and sha256 of a file; beyond 256 MB, of its first and last megabyte."
     path, h = Path(path), hashlib.sha256()
@@ -446,28 +469,27 @@ def _fingerprint(path, whole=2**28) -> dict:
 
 def _check_same_files(run, inputs):
     "Refuse to go on with files that are not those the run was started with."
-    found, stored = [_fingerprint(f) for f in [*inputs.files, inputs.topology]], run.path/'inputs.json'
+    found, stored = [_fingerprint(f) for f in [*inputs.files, *dict.fromkeys((inputs.topology, inputs.native))]], run.path/'inputs.json'
     if not stored.exists(): write_json(stored, found)
     for a, b in zip(json.loads(stored.read_text()), found):
         if a != b: raise ValueError(f'{b["file"]} has changed since {run.path} was started (it was {a["file"]}, {a["bytes"]} bytes): choose another --out, or --overwrite it')
 
-# %% ../nbs/60_evaluation.ipynb #3c7edb47
+# %% ../nbs/60_evaluation.ipynb #04b16c41
 def _features(run, inputs):
-    "Featurize file by file."
-    import mdtraj
+    "Featurize file by file; a file done before is not read again."
     from foldbook import features as ft
-    native = mdtraj.load(str(inputs.topology))[0]
-    featurizer = ft.default(native) if run.config.features == 'default' else ft.named(run.config.features, native)
+    described = ft.named(run.config.features, ft.load_native(inputs.native), ft.model_contacts(inputs.topology))
     lengths = []
     for i, f in enumerate(inputs.files):
-        (x,), described = ft.stream([f], inputs.topology, featurizer, progress=False)
-        x = x[:run.config.max_frames or None]
-        lengths.append(len(x))
-        save_array(run.path/'features'/f'{i:03d}.npy', x)
-    replacing(run.path/'features.json', lambda p: p.write_text(described.to_json() + '\n'))
-    return dict(lengths=lengths, said=f'{len(described.names)} features of {sum(lengths):,} frames in {len(lengths)} trajectories')
+        path = run.path/'features'/f'{i:03d}.npy'
+        if not path.exists(): save_array(path, ft.stream([f], inputs.topology, described, periodic=run.config.periodic, progress=False)[0][0][:run.config.max_frames or None])
+        lengths.append(len(np.load(path, mmap_mode='r')))
+    names = described.features.names
+    if missing := {'Q', 'RMSD'} - set(names): raise ValueError(f'features {run.config.features!r} lack {", ".join(sorted(missing))}, which the leaderboard compares with')
+    replacing(run.path/'features.json', lambda p: p.write_text(described.features.to_json() + '\n'))
+    return dict(lengths=lengths, said=f'{len(names)} features of {sum(lengths):,} frames in {len(lengths)} trajectories')
 
-# %% ../nbs/60_evaluation.ipynb #87fc4e39
+# %% ../nbs/60_evaluation.ipynb #5fe4bb89
 def _states(run, inputs, lengths):
     "Flags, split, and whether there is anything to learn from and to judge on."
     described, features = _described(run), run.load('features')
@@ -481,9 +503,10 @@ def _states(run, inputs, lengths):
 
 def _check_events(states, s, part, features, described, inputs):
     if all(count_transitions(s.take(states, part))): return
-    x = np.concatenate(features)[:, described.index('Q')]
+    x, named = np.concatenate(features), re.findall(r'\w+', f'{inputs.unfolded} {inputs.folded}')
+    ranges = [f'{n} runs from {v.min():.2f} to {v.max():.2f}' for n in dict.fromkeys(named) if n in described.names for v in [x[:, described.index(n)]]]
     raise ValueError(f'no complete folding and unfolding event in the {part} part (trajectories {", ".join(str(s.blocks[b][0]) for b in s.members(part))}) '
-                     f'with A: {inputs.unfolded} and B: {inputs.folded}; Q runs from {x.min():.2f} to {x.max():.2f} in all. '
+                     f'with A: {inputs.unfolded} and B: {inputs.folded}; {", ".join(ranges)} in all. '
                      'Choose other --unfolded and --folded, another --split-seed, or more trajectories')
 
 def _described(run):
@@ -522,16 +545,22 @@ def _one_dimensional(run):
             notes[slug] = dict(name=f'{name}, {how}', kind='one-dimensional', parameters=size, seconds=seconds, microseconds=us)
     return dict(candidates=notes)
 
-# %% ../nbs/60_evaluation.ipynb #30786656
+# %% ../nbs/60_evaluation.ipynb #68ac5e52
 def _teacher(run):
-    "The nonparametric committor of the training part: a time series, in-sample."
-    from foldbook.committor import NonparametricCommittor
-    s, features, states = _load_split(run), run.load('features'), run.load('states')
-    start = time.perf_counter()
-    fitted = NonparametricCommittor(**dict(dict(seed=run.config.seed), **run.config.teacher_options)).fit(s.take(features, 'train'), s.take(states, 'train'), progress=False)
-    run.save('r/teacher', fitted.r)
-    note = dict(name='teacher', kind='teacher', in_sample=True, seconds=time.perf_counter() - start)
-    return dict(candidates=dict(teacher=note))
+    "The nonparametric committor: fitted on the training part, stopped by the validation part, replayed on every block."
+    from foldbook.committor import NonparametricCommittor, held_out
+    s, features, states, start = _load_split(run), run.load('features'), run.load('states'), time.perf_counter()
+    x, f = ([*s.take(e, 'train'), *s.take(e, 'validation')] for e in (features, states))
+    n = len(s.train)
+    fitted = NonparametricCommittor(**dict(dict(seed=run.config.seed, degree=3), **run.config.teacher_options))
+    fitted.fit(x, f, monitor=held_out(f, range(n, len(f))), train=range(n), progress=False).save(run.path/'models'/'teacher')
+    seconds = time.perf_counter() - start
+    run.save('r/teacher', fitted.r[:n])
+    r, us = _timed(fitted.replay, s.take(features, 'all'), s.take(states, 'all'))
+    run.save('r/teacher_replayed', clamp(r, s.take(states, 'all')))
+    notes = dict(teacher=dict(name='teacher', kind='teacher', in_sample=True, seconds=seconds),
+                 teacher_replayed=dict(name='teacher, replayed', kind='teacher', seconds=seconds, microseconds=us))
+    return dict(candidates=notes, said=f'{len(fitted.steps)} iterations')
 
 # %% ../nbs/60_evaluation.ipynb #c1d82383
 class _Reader:
@@ -934,7 +963,7 @@ def write_report(run, inputs, notes, captions):
         sections=[s for s in sections if s[1]], tables=tables)
     return replacing(run.path/'report.html', lambda p: p.write_text(html))
 
-# %% ../nbs/60_evaluation.ipynb #8d82cf5b
+# %% ../nbs/60_evaluation.ipynb #1a5c1461
 def run(config: Config, # what to run
         out='runs/default', # directory
         overwrite: bool=False, # remove what is there
@@ -943,9 +972,9 @@ def run(config: Config, # what to run
         say=print # where progress goes, one line a call
        ) -> pd.DataFrame: # the leaderboard
     "Features, states, maps, teacher, students, judgement, figures, report; goes on where an earlier run of the same configuration stopped."
+    inputs = find_inputs(config)
     job = Run(config, out, overwrite, say)
     try:
-        inputs = find_inputs(config)
         _check_same_files(job, inputs)
         lengths = job.stage('features', lambda: _features(job, inputs))['lengths']
         job.stage('states', lambda: _states(job, inputs, lengths))

@@ -1,0 +1,311 @@
+"The foldbook command: exit codes, errors in one line, another protein, restarts after a kill, the report."
+import base64
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from foldbook.systems import lshape2d
+
+TIMINGS = {'seconds', 'microseconds_per_frame'}
+START = [sys.executable, '-c', 'from foldbook.cli import app; app()']
+ENV = dict(os.environ, OMP_NUM_THREADS='1', COLUMNS='120', NO_COLOR='1', TERM='dumb')
+
+
+def foldbook(*args, cwd=None, timeout=300):
+    return subprocess.run([*START, *map(str, args)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    "The same in this process: quicker where no kill or start-up is tested."
+    from typer.testing import CliRunner
+    from foldbook.cli import app
+    def call(*args, cwd=None):
+        if cwd: monkeypatch.chdir(cwd)
+        done = CliRunner().invoke(app, list(map(str, args)))
+        return subprocess.CompletedProcess(args, done.exit_code, done.stdout, done.stderr)
+    return call
+
+
+def one_line_error(done, *words):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count('\n') == 1 and done.stderr.startswith('error: '), done.stderr
+    for w in words: assert w in done.stderr
+    return done.stderr
+
+
+# --- help, version, start ----------------------------------------------------------------------------------------
+COMMANDS = [[], ['run'], ['zq'], ['simulate'], ['shoot'], ['features'], ['data'], ['data', 'list'], ['data', 'info'], ['data', 'fetch']]
+
+
+@pytest.mark.parametrize('command', COMMANDS, ids=' '.join)
+def test_every_command_has_help_with_an_example(command, inside):
+    done = inside(*command, '--help')
+    assert done.returncode == 0
+    assert 'xample' in done.stdout or not command
+    assert 'foldbook ' in done.stdout
+
+
+def test_help_starts_quickly_and_without_heavy_imports():
+    code = 'import sys; from foldbook.cli import app\ntry: app(["--help"])\nexcept SystemExit: pass\nprint(sorted({"torch", "numpy", "mdtraj", "openmm", "pandas"} & set(sys.modules)), file=sys.stderr)'
+    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True)
+    assert done.stderr.strip() == '[]'
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert foldbook('--help').returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.5
+
+
+def test_zq_does_not_load_torch(series):
+    code = 'import sys; from foldbook.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit as e: print(e.code, "torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code, 'zq', 'q0.npy', '--states', 'f0.npy'], cwd=series, env=ENV, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == '0 False'
+
+
+def test_version():
+    import foldbook as package
+    assert foldbook('--version').stdout.split() == ['foldbook', package.__version__]
+
+
+# --- zq ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def series(tmp_path_factory):
+    home, system = tmp_path_factory.mktemp('series'), lshape2d()
+    for i, p in enumerate(system.sample(60_000, 2, seed=2)):
+        s = system.states[p]
+        np.save(home/f'q{i}.npy', system.committor[p])
+        np.savetxt(home/f'q{i}.txt', system.committor[p])
+        np.save(home/f'x{i}.npy', np.where(s >= 0, s, np.clip((system.coordinates[p, 0] + 1)/2, 0, 1)))
+        np.save(home/f'f{i}.npy', s)
+        np.savetxt(home/f'f{i}.txt', s)
+    np.save(home/'short.npy', np.load(home/'q0.npy')[:-1])
+    np.save(home/'nan.npy', np.where(np.arange(60_000) == 77, np.nan, np.load(home/'q0.npy')))
+    np.save(home/'two.npy', np.zeros((60_000, 2)))
+    np.save(home/'interior.npy', np.full(60_000, -1))
+    np.save(home/'three.npy', np.full(60_000, 3))
+    (home/'words.txt').write_text('not a number\n')
+    return home
+
+
+@pytest.mark.parametrize('line, code, words', [
+    ('q0.npy q1.npy --states f0.npy f1.npy', 0, 'PASS'),
+    ('--states f0.npy f1.npy q0.npy q1.npy', 0, 'PASS'),
+    ('q0.npy q1.npy --states f0.npy --states f1.npy --max-lag 16', 0, 'PASS'),
+    ('q0.txt q1.txt --states f0.txt f1.npy', 0, 'PASS'),
+    ('q*.npy --states f*.npy', 0, 'PASS'),
+    ('x0.npy x1.npy --states f0.npy f1.npy', 1, 'FAIL')])
+def test_zq_verdict_and_exit_code(line, code, words, series, inside):
+    done = inside('zq', *line.split(), cwd=series)
+    assert done.returncode == code, done.stdout + done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith(words) and 'T_max' in last
+    assert re.search(r'T_max \d+\.\d\d \+- \d+\.\d\d +T_sd \d+\.\d\d +N_AB \d+', done.stdout)
+
+
+@pytest.mark.parametrize('line, words', [
+    ('q0.npy', ['--states']),
+    ('missing.npy --states f0.npy', ['missing.npy', 'no such file']),
+    ('q0.npy --states missing.npy', ['missing.npy']),
+    ('none*.npy --states f0.npy', ['none*.npy', 'no file matches']),
+    ('q0.npy q1.npy --states f0.npy', ['2 coordinate files', '1 file']),
+    ('short.npy --states f0.npy', ['short.npy', '59999', '60000']),
+    ('nan.npy --states f0.npy', ['77']),
+    ('two.npy --states f0.npy', ['two.npy', '(60000, 2)']),
+    ('words.txt --states f0.npy', ['words.txt']),
+    ('q0.npy --states three.npy', ['3']),
+    ('q0.npy --states f0.npy --max-lag 70000', ['65536', '60000'])])
+def test_zq_bad_input(line, words, series, inside):
+    done = inside('zq', *line.split(), cwd=series)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    for w in words: assert w in done.stderr
+
+
+def test_zq_without_any_transition_does_not_pass(series, inside):
+    assert inside('zq', 'q0.npy', '--states', 'interior.npy', cwd=series).returncode != 0
+
+
+def test_zq_writes_json_and_figure(series, inside):
+    assert inside('zq', 'q0.npy', '--states', 'f0.npy', '--json', 'z.json', '--figure', 'z.png', cwd=series).returncode == 0
+    assert 't_max' in json.dumps(json.loads((series/'z.json').read_text()))
+    assert (series/'z.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+
+
+def test_debug_shows_the_traceback(series):
+    for line in (['zq', 'missing.npy', '--states', 'f0.npy', '--debug'], ['--debug', 'zq', 'missing.npy', '--states', 'f0.npy']):
+        assert 'Traceback' in foldbook(*line, cwd=series).stderr
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+def test_data(inside):
+    assert 'villin_go' in inside('data', 'list', '--kind', 'shipped').stdout
+    assert 'Apache-2.0' in inside('data', 'info', 'villin_go').stdout
+    one_line_error(inside('data', 'info', 'nothing_like_it'), 'nothing_like_it', 'villin_go')
+    one_line_error(inside('data', 'list', '--kind', 'odd'), '--kind odd')
+
+
+# --- another protein, from its structure to its report -----------------------------------------------------------
+def hairpin(path, sequence='GEWTYDDATKTFTVTE'):
+    "Two strands and a type I' turn."
+    from Bio.PDB import PDBIO
+    from PeptideBuilder import Geometry, add_residue, initialize_res
+    n, structure = len(sequence), None
+    phi, psi = [-120]*n, [130]*n
+    phi[n//2 - 1], psi[n//2 - 1], phi[n//2], psi[n//2] = 55, 38, 78, 20
+    for i, a in enumerate(sequence):
+        g = Geometry.geometry(a)
+        g.phi, g.psi_im1 = phi[i], psi[i - 1]
+        structure = initialize_res(g) if structure is None else add_residue(structure, g)
+    io = PDBIO()
+    io.set_structure(structure)
+    io.save(str(path))
+
+
+SMALL = ['--students', 'lstm:martingale,mlp:teacher_mse']
+
+
+@pytest.fixture(scope='module')
+def protein(tmp_path_factory):
+    "Trajectories of a protein that the package knows nothing of."
+    home = tmp_path_factory.mktemp('protein')
+    hairpin(home/'hairpin.pdb')
+    done = foldbook('simulate', '--pdb', 'hairpin.pdb', '--out', 'hp', '--trajectories', 4, '--frames', 600, '--steps-per-frame', 60, '--burn-in', 20, '--workers', 1, cwd=home)
+    assert done.returncode == 0, done.stderr
+    done = foldbook('shoot', 'hp', '--frames', 12, '--shots', 6, '--steps-per-frame', 60, '--workers', 1, cwd=home)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture(scope='module')
+def unbroken(protein):
+    done = foldbook('run', '--data', 'hp', '--quick', *SMALL, '--out', 'runs/whole', cwd=protein)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def board(run):
+    d = json.loads((run/'leaderboard.json').read_text())
+    for r in d['rows']:
+        for k in TIMINGS: r.pop(k)
+    return d
+
+
+def test_another_protein(unbroken, protein):
+    whole = protein/'runs'/'whole'
+    for f in ('config.json', 'split.json', 'features.json', 'inputs.json', 'leaderboard.csv', 'leaderboard.json', 'report.html', 'figures/zq.png', 'models/lstm_martingale/student.safetensors'):
+        assert (whole/f).stat().st_size > 0, f
+    rows = {r['coordinate']: r for r in board(whole)['rows']}
+    assert {'RMSD, diffusive', 'RMSD, isotonic', 'Q, diffusive', 'Q, isotonic', 'Rg, diffusive', 'TICA, isotonic', 'teacher', 'LSTM, martingale', 'MLP, teacher mse'} <= set(rows)
+    assert [k for k, r in rows.items() if r['in_sample']] == ['teacher']
+    assert all(r['rmse'] is not None and r['rmse_se'] > 0 for k, r in rows.items() if k != 'teacher'), 'shots are used'
+    assert 'LSTM, martingale' in unbroken.stdout and 'Traceback' not in unbroken.stderr
+    split, r = json.loads((whole/'split.json').read_text()), np.load(whole/'r'/'lstm_martingale'/'003.npy')
+    assert split['test'] == [3] and r.shape == (600,) and 0 <= r.min() <= r.max() <= 1
+
+
+def test_own_trajectories_and_states_from_the_rmsd(protein):
+    line = 'run --traj hp/hairpin-0.xtc hp/hairpin-1.xtc --traj hp/hairpin-[23].xtc --top hp/native.pdb --quick --students mlp:outcome --out runs/own'.split()
+    done = foldbook(*line, '--folded', 'RMSD < 0.3', '--unfolded', 'RMSD > 0.45', cwd=protein)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(board(protein/'runs'/'own')['rows']) == 11
+
+
+def test_bad_input_of_run(protein, unbroken):
+    run = lambda *a: foldbook('run', '--quick', '--out', 'runs/bad', *a, cwd=protein)
+    one_line_error(run('--traj', 'no.xtc', '--top', 'hp/native.pdb'), 'no.xtc', 'no such file')
+    one_line_error(run('--traj', 'hp/hairpin-0.xtc', '--top', 'no.pdb'), 'no.pdb')
+    one_line_error(run('--traj', 'hp/hairpin-0.xtc'), '--top')
+    one_line_error(foldbook('run', '--data', 'hp', '--quick', *SMALL, '--seed', 1, '--out', 'runs/whole', cwd=protein), 'seed: 0 before, 1 now', '--overwrite')
+    for states in (['--folded', 'Q > 0.999', '--unfolded', 'Q < 0.001'], ['--folded', 'Q > 2'], ['--folded', 'Nonsense > 2'], ['--folded', 'Q >'], ['--folded', 'Q > 0.1']):
+        one_line_error(run('--data', 'hp', *states), states[1])
+    one_line_error(run('--data', 'hp', '--students', 'oracle:martingale'), 'oracle')
+    (protein/'papers').mkdir()
+    (protein/'papers'/'thesis.txt').write_text('mine')
+    one_line_error(foldbook('run', '--data', 'hp', '--out', 'papers', '--overwrite', cwd=protein), 'not a foldbook run')
+
+
+def test_features(protein):
+    done = foldbook('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--out', 'feat', cwd=protein)
+    assert done.returncode == 0, done.stderr
+    names = json.loads((protein/'feat'/'features.json').read_text())['names']
+    assert {'Q', 'RMSD', 'Rg'} <= set(names) and np.load(protein/'feat'/'000.npy').shape == (600, len(names))
+    listed = foldbook('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + pseudo_dihedrals', cwd=protein).stdout
+    assert 'cos theta' in listed
+    one_line_error(foldbook('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + phase', cwd=protein), 'phase', 'pseudo_dihedrals')
+
+
+def kill_after(line, cwd, mark, delay):
+    "Start the command, wait for a line that begins with `mark`, wait `delay` seconds more, kill it without warning; True if it was still running."
+    p = subprocess.Popen([*START, *line], cwd=cwd, env=dict(ENV, PYTHONUNBUFFERED='1'), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for said in p.stdout:
+        if said.startswith(mark): break
+    threading.Thread(target=p.stdout.read, daemon=True).start()
+    try: p.wait(delay)
+    except subprocess.TimeoutExpired:
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        return True
+    return False
+
+
+def test_killed_five_times_it_ends_with_the_same_numbers(unbroken, protein):
+    rng, line, out = random.Random(4), ['run', '--data', 'hp', '--quick', *SMALL, '--out', 'runs/broken'], protein/'runs'/'broken'
+    killed = [kill_after(line, protein, mark, rng.uniform(0, longest))
+              for mark, longest in (('features', 1), ('states', 2), ('one-dimensional', 2), ('training', 8), ('training', 8))]
+    assert sum(killed) >= 4, 'the run is too short to be killed'
+    assert not (out/'report.html').exists() or not killed[-1]
+    done = foldbook(*line, cwd=protein)
+    assert done.returncode == 0 and 'done before' in done.stdout, done.stdout + done.stderr
+    assert board(out) == board(protein/'runs'/'whole')
+    assert not list(out.rglob('.[0-9]*')), 'no half-written file is left under any name'
+    for f in sorted((protein/'runs'/'whole'/'r').rglob('*.npy')):
+        assert np.array_equal(np.load(f), np.load(out/f.relative_to(protein/'runs'/'whole'))), f
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.outside, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for k, v in attributes:
+            if tag == 'img' and k == 'src': self.images.append(v)
+            elif k in ('src', 'href'): self.outside.append(v)
+
+    def handle_data(self, data): self.words.append(data)
+
+
+def test_report_is_self_contained(unbroken, protein):
+    page = Page((protein/'runs'/'whole'/'report.html').read_text())
+    assert len(page.images) >= 7 and not page.outside
+    for src in page.images:
+        kind, data = src.split(',', 1)
+        assert kind == 'data:image/png;base64' and base64.b64decode(data, validate=True)[:8] == b'\x89PNG\r\n\x1a\n'
+    text = ' '.join(page.words)
+    for w in ('PASS' if 'PASSES' in board(protein/'runs'/'whole')['headline'] else 'FAIL', 'LSTM, martingale', 'sha256', 'T_max', 'validation'): assert w in text
+    assert 'nan' not in re.findall(r'\bnan\b', text)
+
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='no chromium on PATH')
+def test_report_opens_in_a_browser_without_a_missing_picture(unbroken, protein, tmp_path):
+    text = (protein/'runs'/'whole'/'report.html').read_text()
+    script = '<script>window.onload=()=>{document.title="pictures "+[...document.images].map(i=>i.complete&&i.naturalWidth>300?1:0).join("")+" wide "+(document.documentElement.scrollWidth>innerWidth)}</script></body>'
+    (tmp_path/'page.html').write_text(text.replace('</body>', script))
+    done = subprocess.run(['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+                           f'--user-data-dir={tmp_path/"profile"}', '--window-size=1200,900', '--virtual-time-budget=10000', '--dump-dom', f'file://{tmp_path/"page.html"}'], capture_output=True, text=True, timeout=120)
+    title = re.search(r'<title>(.*?)</title>', done.stdout)[1]
+    assert title == f'pictures {"1"*len(Page(text).images)} wide false'
