@@ -105,10 +105,11 @@ def shipped_directory() -> Path:
     "The repository's `data/`."
     return Path(__file__).parents[1]/'data' if '__file__' in globals() else Path('../data').resolve()
 
-# %% ../nbs/11_data.ipynb #9b1e5fb4
+# %% ../nbs/11_data.ipynb #b7602dd2
 _villin = '''
 model.json f7436228715d361d182a0c832b8025d98ac7194c4ace0ab2ff45307758759adc 2191
 native.pdb 3a8b1cc25704ae2ed1d3144816fcb165b596fdb19ef84949eb2c15764ca9d4de 2978
+shooting.npz ae7db6e6666bfde80076ba96a14b61133aea721fce1937d4490bb8c5ed744bb4 3982
 villin_go-0.npy.xz 260346f70266227784819e5363cfbd511cb6a2cdc29870dbfc702da0e6993eea 1330860
 villin_go-1.npy.xz 632437b7b69792b40a0f424e3c3e872b635945187d280a6c8c7e795216699e10 1330252
 villin_go-2.npy.xz 48dbb333c03a0f47f3ce1eb5ef40d9d2f5c67294d57e67a89021a344734d761e 1330624
@@ -127,7 +128,7 @@ register(DataSet('villin_go', 'shipped', 'Villin headpiece HP35 (PDB 2F4K), coop
     trajectory_pattern='villin_go-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0, temperature_kelvin=137.0,
     units='nm, ps, K; reduced: bead mass 1 amu, so that only kT = 1.14 kJ/mol is physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
     licence='Apache-2.0', citation='foldbook, chapter Simulation; structure: Kubelka et al., J. Mol. Biol. 359, 546 (2006)',
-    how_made='foldbook simulate --system villin_go --out data/villin_go --trajectories 8 --frames 10000 --steps-per-frame 1500 --seed 1'));
+    how_made='foldbook simulate --system villin_go --out villin_go --trajectories 8 --frames 10000 --steps-per-frame 1500 --seed 1'));
 
 # %% ../nbs/11_data.ipynb #8fd38063
 _mdshare = 'http://ftp.imp.fu-berlin.de/pub/cmb-data/'
@@ -238,9 +239,9 @@ register(DataSet('villin_rmsd', 'downloaded', 'Villin 2F4K: C-alpha RMSD series 
 register(DataSet('desres', 'on request', 'Twelve fast folders, all atoms, 100 us to 3 ms each', trajectory_pattern='*.dcd', topology_pattern='*.pdb', frame_spacing_ps=200.0,
     licence='D. E. Shaw Research agreement: non-commercial research, no redistribution', citation='Lindorff-Larsen et al., Science 334, 517 (2011)', how_made='ask trajectories@deshawresearch.com'));
 
-# %% ../nbs/11_data.ipynb #824943a3
-for _name, _pdb, _t, _lam in (('trpcage_go', '1L2Y', 85.0, 2.0), ('bba_go', '1FME', 125.0, 3.0)):
-    register(DataSet(_name, 'generated', f'{_pdb} as the same kind of structure-based model', trajectory_pattern=f'{_name}-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0,
+# %% ../nbs/11_data.ipynb #ee245785
+for _name, _pdb, _t, _lam in (('trpcage_go', '1L2Y', 95.0, 2.0), ('bba_go', '1FME', 125.0, 3.0)):
+    register(DataSet(_name, 'generated', f'{_pdb} as the same kind of structure-based model', trajectory_pattern='*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0,
         temperature_kelvin=_t, states=dict(unfolded='Q < 0.25', folded='Q > 0.8'), licence='yours', how_made=f'foldbook simulate --pdb {_pdb} --temperature {_t} --cooperativity {_lam} --out'))
 
 # %% ../nbs/11_data.ipynb #409f0f53
@@ -356,11 +357,11 @@ def _fetch_downloaded(d, cache, progress):
         if f.name.endswith(_archives): _unpack_archive(path)
     return target
 
-# %% ../nbs/11_data.ipynb #74935a2e
+# %% ../nbs/11_data.ipynb #172c1683
 def _fetch_present(d, cache):
     target = cache/d.name
     if target.is_dir() and any(target.rglob(d.trajectory_pattern)): return target
-    verb = f'run: {d.how_made} {target}' if d.kind == 'generated' else f'{d.how_made}, then put the files into {target}'
+    verb = f'run: {d.how_made} "{target}"' if d.kind == 'generated' else f'{d.how_made}, then put the files into {target}'
     raise FileNotFoundError(f'data set {d.name!r} is {d.kind}; {verb}')
 
 # %% ../nbs/11_data.ipynb #4cb9e645
