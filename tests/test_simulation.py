@@ -118,6 +118,23 @@ def test_unusable_structures_say_why(hth, tmp_path):
     with pytest.raises(ValueError, match='broken.json'): GoModel.load(tmp_path/'broken.json')
 
 
+def test_an_id_is_looked_up_in_the_protein_data_bank(hth, monkeypatch, model):
+    asked = []
+
+    def fetch(name, progress):
+        asked.append(name)
+        return type('Found', (), dict(topology=hth))
+    monkeypatch.setattr(fs, 'fetch', fetch)
+    assert (GoModel.from_pdb('9XYZ').contacts == model.contacts).all() and asked == ['pdb:9XYZ']
+
+
+def test_the_integrator_is_the_documented_one(model):
+    integrator = fs._context(model, 100.0, 1).getIntegrator()
+    assert (integrator.getFriction()._value, integrator.getStepSize()._value) == (fs.FRICTION, fs.TIME_STEP) == (0.5, 0.004)
+    assert fs.go_system(replace(model, cooperativity=0.0)).getNumForces() == 5
+    assert fs.go_system(model).getNumForces() == 6
+
+
 def test_model_survives_its_file(model, tmp_path):
     m = replace(model, name='other', temperature=99.5, cooperativity=0.5, source='somewhere')
     back = GoModel.load(m.save(tmp_path/'m.json'))
