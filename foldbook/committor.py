@@ -81,7 +81,7 @@ def check_coordinate(
         if ri.ndim != 1: raise ValueError(f'coordinate: trajectory {i} has shape {ri.shape}; one number per frame is needed')
     return r, check_states(states, [len(ri) for ri in r], both)
 
-# %% ../nbs/40_committor.ipynb #ca1a79e7
+# %% ../nbs/40_committor.ipynb #98f32bdd
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
               ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
               ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.And: np.logical_and, ast.Or: np.logical_or,
@@ -92,7 +92,7 @@ def _evaluate(node, columns):
     ev, op = lambda n: _evaluate(n, columns), lambda o: _OPERATORS[type(o)]
     match node:
         case ast.Expression(): return ev(node.body)
-        case ast.Constant() if type(node.value) in (int, float): return node.value
+        case ast.Constant() if type(node.value) in (int, float) and abs(node.value) < 1e30: return float(node.value)
         case ast.Name(): return columns(node.id)
         case ast.UnaryOp() if type(node.op) in _OPERATORS: return op(node.op)(ev(node.operand))
         case ast.BinOp() if type(node.op) in _OPERATORS: return op(node.op)(ev(node.left), ev(node.right))
@@ -115,7 +115,7 @@ def _columns(names):
         raise ValueError(f'no feature is called {name!r}; did you mean {", ".join(map(str, near))}?')
     return lookup
 
-# %% ../nbs/40_committor.ipynb #9c13d64a
+# %% ../nbs/40_committor.ipynb #22897dfe
 def evaluate(
     features, # (T, F) per trajectory
     description, # `Features`, or a plain list of column names
@@ -123,14 +123,17 @@ def evaluate(
 ) -> list: # (T,) per trajectory, boolean for a condition
     "Evaluate an expression of feature columns without ever calling `eval`; raises `ValueError` for anything else."
     names = list(getattr(description, 'names', description))
-    quoted = [p for p in expression.split('`')[1::2]]
-    source = ''.join(f'_column{i // 2}_' if i % 2 else p for i, p in enumerate(expression.split('`')))
+    parts = expression.split('`') # every second one is a quoted name
+    if len(parts) % 2 == 0: raise ValueError(f'{expression!r}: a backtick is not closed')
+    quoted, source = parts[1::2], ''.join(f'_column{i // 2}_' if i % 2 else p for i, p in enumerate(parts))
     try: tree = ast.parse(source.strip(), mode='eval')
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e: raise ValueError(f'cannot read the expression {expression!r}: {e}') from None
     alias, lookup = {f'_column{i}_': q for i, q in enumerate(quoted)}, _columns(names)
     value = lambda x: _evaluate(tree, lambda n: lookup(x, alias.get(n, n)))
-    try: return [np.asarray(value(x)) for x in as_ensemble(features, np.float32, 'features')]
-    except ValueError as e: raise ValueError(f'{expression!r}: {e}') from None
+    features = as_ensemble(features, np.float32, 'features')
+    try:
+        with np.errstate(divide='raise', invalid='raise', over='raise'): return [np.asarray(value(x)) for x in features]
+    except (ValueError, ArithmeticError, RecursionError) as e: raise ValueError(f'{expression!r}: {e}') from None
 
 # %% ../nbs/40_committor.ipynb #fc3e7af4
 def held(
@@ -212,7 +215,7 @@ def clamp(
     r, states = check_coordinate(r, states, both=False)
     return [np.where(s >= 0, s, x) for x, s in zip(r, states)]
 
-# %% ../nbs/40_committor.ipynb #a1886420
+# %% ../nbs/40_committor.ipynb #a72106a4
 def plot_outcomes(
     x, # one coordinate of one trajectory (T,)
     states, # flags of the same frames (T,)
@@ -228,7 +231,7 @@ def plot_outcomes(
     for flag, label in ((0, 'A next'), (1, 'B next')):
         ax.plot(t[(s < 0) & (o == flag)], x[(s < 0) & (o == flag)], '.', ms=3, label=label)
         ax.fill_between(t, 0, 1, where=s == flag, transform=ax.get_xaxis_transform(), color='0.9', step='mid', zorder=0)
-    ax.set(xlabel='frame', ylabel=name); ax.legend(loc='center right')
+    ax.set(xlabel='frame', ylabel=name); ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return ax
 
 # %% ../nbs/40_committor.ipynb #775650f0
@@ -288,14 +291,27 @@ def _envelope(r, interior, centre, sign):
         if z > -20: g[t] = 1 / (1 + np.exp(-z))
     return g
 
-# %% ../nbs/40_committor.ipynb #0b45b9ec
+# %% ../nbs/40_committor.ipynb #324d7146
+@njit(cache=True, fastmath=True)
+def _add_products(L, R, A):
+    "A += L R^T for a number of rows that is a multiple of 4 in L and of 2 in R."
+    for k in range(0, A.shape[0], 4):
+        for l in range(0, A.shape[1], 2):
+            a = b = c = d = e = f = g = h = 0.
+            for j in range(L.shape[1]):
+                x, y = R[l, j], R[l + 1, j]
+                a += L[k, j] * x; b += L[k + 1, j] * x; c += L[k + 2, j] * x; d += L[k + 3, j] * x
+                e += L[k, j] * y; f += L[k + 1, j] * y; g += L[k + 2, j] * y; h += L[k + 3, j] * y
+            A[k, l] += a; A[k + 1, l] += b; A[k + 2, l] += c; A[k + 3, l] += d
+            A[k, l + 1] += e; A[k + 1, l + 1] += f; A[k + 2, l + 1] += g; A[k + 3, l + 1] += h
+
+# %% ../nbs/40_committor.ipynb #9167482e
 @njit(cache=True, fastmath=True)
 def _orthogonality(y, z, lags, r, g, now, joined, begin, degree, gamma, reversible):
     "Matrix and right-hand side of the linear equations for the update, summed in one pass over pairs of frames."
     K, size = (degree + 1) * (degree + 2) // 2, 512
-    A, b = np.zeros((K, K)), np.zeros(K)
-    L, R = np.empty((K, size)), np.empty((K, size))
-    v = np.zeros((8, size)) # y1, y2, g now; y1, y2, g after; joined; increment of r
+    L, R = np.zeros((K + 3 - (K - 1) % 4, size)), np.zeros((K + 2 - K % 2, size)) # rows padded for `_add_products`
+    A, v = np.zeros((len(L), len(R))), np.zeros((7, size)) # v: y, z, g now; y, z, g after; whether joined
     p = m = 0
     while p < len(now) or m:
         if p < len(now):
@@ -303,20 +319,18 @@ def _orthogonality(y, z, lags, r, g, now, joined, begin, degree, gamma, reversib
             if g[t] == 0 and (not reversible or g[u] == 0): continue
             v[0, m] = y[max(t - lags[0], begin[t])]; v[1, m] = z[max(t - lags[1], begin[t])]; v[2, m] = g[t]
             v[3, m] = y[max(u - lags[0], begin[t])]; v[4, m] = z[max(u - lags[1], begin[t])]; v[5, m] = g[u]
-            v[6, m] = q; v[7, m] = r[u] - r[t]
+            v[6, m] = q; R[K, m] = r[u] - r[t]
             m += 1
             if m < size and p < len(now): continue
-        v[2, m:] = 0; v[5, m:] = 0
+        v[2, m:] = 0; v[5, m:] = 0 # what is left of the last block
         basis(v[0], v[1], v[2], degree, L)
         basis(v[3], v[4], v[5], degree, R)
         for k in range(K):
-            for j in range(size):
-                R[k, j] = v[6, j] * (R[k, j] - L[k, j]) - (0. if reversible else gamma * L[k, j])
-                if reversible: L[k, j] = R[k, j]
-        A += np.dot(L, R.T)
-        b -= np.dot(L, v[7])
+            for j in range(size): R[k, j] = v[6, j] * (R[k, j] - L[k, j]) - gamma * L[k, j]
+        if reversible: L[:K] = R[:K]
+        _add_products(L, R, A)
         m = 0
-    return A, b
+    return A[:K, :K].copy(), -A[:K, K]
 
 # %% ../nbs/40_committor.ipynb #895b6ada
 @njit(cache=True, fastmath=True)
@@ -432,7 +446,7 @@ def _fitted(f, fitted, reversible):
     now = np.flatnonzero(near & fitted)
     return now, f.joined[now], fitted & (f.joined == 1)
 
-# %% ../nbs/40_committor.ipynb #61399877
+# %% ../nbs/40_committor.ipynb #b6cd6592
 class _Trace(NamedTuple):
     "What an optimisation leaves behind."
     r: np.ndarray # the iterate that is kept
@@ -444,12 +458,13 @@ class _Trace(NamedTuple):
 def _optimise(f, fitted, bound, model, monitor, progress):
     "Iterate until a stop."
     rng, r, size = np.random.default_rng(model.seed), f.seed(), np.inf
-    now, joined, counted = _fitted(f, fitted, model.method == 'NPq')
+    reversible = model.method == 'NPq'
+    now, joined, counted = _fitted(f, fitted, reversible)
     steps, sizes, watched, best, stop = [], [], [], (np.inf, None, 0, 0), 'iterations'
     for i in _bar(model.n_iterations, progress):
         if i % 10 == 0: window = float(r[rng.integers(len(r))]), float(rng.choice((-1, 1)))
         s = _draw(f, model, r, rng, window)
-        A, b = _orthogonality(*_variables(f, r, s), now, joined, f.begin, model.degree, model.gamma, model.method == 'NPq')
+        A, b = _orthogonality(*_variables(f, r, s), now, joined, f.begin, model.degree, 0. if reversible else model.gamma, reversible)
         s = s._replace(alpha=np.linalg.lstsq(A, b, rcond=None)[0])
         new = _apply(f, r, s, model.degree)
         if (new_size := _squared_displacement(new, counted)) < size + 1e3: r, size = new, new_size; steps.append(s)
@@ -576,7 +591,7 @@ def rmse(
     inside = np.concatenate(check_states(states, [len(x) for x in r], both=False)) < 0
     return float(np.sqrt(np.mean((np.concatenate(as_ensemble(r)) - np.concatenate(as_ensemble(reference)))[inside]**2)))
 
-# %% ../nbs/40_committor.ipynb #ed63a5d5
+# %% ../nbs/40_committor.ipynb #e5eff9c3
 def plot_agreement(
     r, # a coordinate, (T,) per trajectory
     reference, # what it should be
@@ -601,7 +616,7 @@ def plot_convergence(
     ax = ax or plt.subplots(figsize=(7, 3), layout='constrained')[1]
     for name, m in models.items(): ax.plot(1 + np.arange(len(m.delta_r2)), np.array(m.delta_r2) / m.n_transitions, label=name)
     ax.axhline(1, color='k', lw=0.8)
-    ax.set(xlabel='iteration', ylabel=r'$\Delta r^2/(N_{AB}+N_{BA})$', xscale='log'); ax.legend()
+    ax.set(xlabel='iteration', ylabel=r'$\Delta r^2/(N_{AB}+N_{BA})$', xscale='log', yscale='log'); ax.legend()
     return ax
 
 # %% ../nbs/40_committor.ipynb #efed0c10
