@@ -92,12 +92,12 @@ def _pair(coordinates, flags):
         if len(a) != len(b): raise ValueError(f'{p} has {len(a)} frames and {q} has {len(b)}: coordinate and flags must be of the same frames')
     return r, f
 
-# %% ../nbs/61_command_line.ipynb #85aacf7e
+# %% ../nbs/61_command_line.ipynb #010a8e7c
 def _print_zq(z, s):
     "The table over lags and the summary."
     from rich.console import Console
     from rich.table import Table
-    table, scale = Table(title=None, box=None, pad_edge=False), max(z.n_ab, 1)
+    table, scale = Table(title=None, box=None, pad_edge=False), z.n_ab
     for c in ('lag (frames)', 'Z_q/N_AB mean', 'min', 'max', 'T_max', 'T_sd'): table.add_column(c, justify='right')
     for k, zq, a, b in zip(z.lags, z.zq, z.t_max_per_lag, z.t_sd_per_lag):
         table.add_row(str(int(k)), *(f'{v/scale:.3f}' for v in (zq.mean(), zq.min(), zq.max())), f'{a:.2f}', f'{b:.2f}')
@@ -105,7 +105,7 @@ def _print_zq(z, s):
     error = f' +- {z.t_max_se:.2f}' if z.t_max_se == z.t_max_se else ''
     print(f'T_max {z.t_max:.2f}{error}   T_sd {z.t_sd:.2f}   N_AB {z.n_ab}   log-loss {s.log_loss:.4f}   AUC {s.auc:.4f}')
 
-# %% ../nbs/61_command_line.ipynb #4fe7b9d8
+# %% ../nbs/61_command_line.ipynb #817e4654
 @app.command(cls=_Lists, epilog='Example: [bold]foldbook zq rc0.npy rc1.npy --states flags0.npy flags1.npy[/bold]')
 def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.npy...', help='Series of the coordinate, one file a trajectory: .npy or text, 0 on A and 1 on B.')]=None,
        states: Annotated[list[str], typer.Option('--states', help='Flags of the same frames: 0 in A, 1 in B, -1 elsewhere.')]=...,
@@ -119,10 +119,10 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
     from foldbook.zq import profile, scores
     r, f = _pair(_expand(coordinates or []), _expand(states))
     z = profile(r, f, lags=2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None, n_bootstrap=bootstrap, seed=seed)
-    _print_zq(z, scores(r, f))
+    if z.t_max is not None: _print_zq(z, scores(r, f))
     if json_file: _write_zq_json(json_file, z)
     if figure: _write_zq_figure(figure, z)
-    print(f'{"PASS" if z.verdict.passed else "FAIL"}: {z.verdict.label}. {z.verdict.reason}')
+    print(z.verdict)
     raise typer.Exit(0 if z.verdict.passed else 1)
 
 # %% ../nbs/61_command_line.ipynb #8222bad1
@@ -142,7 +142,7 @@ def _write_zq_figure(path, z):
         plot_zq(z, ax=ax)
         fig.savefig(path, dpi=130)
 
-# %% ../nbs/61_command_line.ipynb #65812e05
+# %% ../nbs/61_command_line.ipynb #036c965f
 def _console():
     from rich.console import Console
     return Console(highlight=False, soft_wrap=True)
@@ -150,10 +150,10 @@ def _console():
 def _print_board(table):
     "The leaderboard in the terminal, and the headline."
     from rich.table import Table
-    from foldbook.evaluate import COLUMNS, cells
-    keep = [i for i, c in enumerate(COLUMNS) if c not in ('Brier', 'N·MSE/N_AB', 'training (s)')]
+    from foldbook.evaluate import COLUMNS, SHORT, cells
+    keep = [COLUMNS.index(c) for c in SHORT]
     board = Table(box=None, pad_edge=False)
-    for i in keep: board.add_column(COLUMNS[i], justify='left' if i < 2 else 'right', no_wrap=i != 1)
+    for i in keep: board.add_column(COLUMNS[i], justify='left' if i < 2 else 'right', no_wrap=True)
     for r in table.to_dict('records'):
         style = 'dim' if r['in_sample'] else 'bold green' if r['passed'] and r['chosen'] else 'bold' if r['chosen'] else None
         board.add_row(*(cells(r)[i] for i in keep), style=style)
@@ -251,8 +251,8 @@ def _model(pdb, system, chain, parameters):
     given = {k: v for k, v in parameters.items() if v is not None}
     return GoModel.from_pdb(pdb, chain=chain, **given) if pdb else replace(shipped_model(system), **given)
 
-# %% ../nbs/61_command_line.ipynb #535b199a
-@app.command(epilog='Example: [bold]foldbook simulate --pdb 1L2Y --temperature 85 --cooperativity 2 --out trpcage --trajectories 4 --frames 2000[/bold]')
+# %% ../nbs/61_command_line.ipynb #10e8dfbb
+@app.command(epilog='Example: [bold]foldbook simulate --pdb 1L2Y --temperature 95 --cooperativity 2 --out trpcage --trajectories 4 --frames 2000[/bold]')
 def simulate(pdb: Annotated[str, typer.Option(help='Native structure: a file, or a PDB id where there is a network.')]='',
              system: Annotated[str, typer.Option(help='A shipped model instead, such as villin_go.')]='',
              out: Annotated[Path, typer.Option('--out', '-o', help='Directory to write.')]=...,
@@ -263,13 +263,15 @@ def simulate(pdb: Annotated[str, typer.Option(help='Native structure: a file, or
              temperature: Annotated[Optional[float], typer.Option(help='Kelvin, in reduced units; default of the model 137.')]=None,
              cooperativity: Annotated[Optional[float], typer.Option(help='Depth of the cooperative term, contact energies; default of the model 3.')]=None,
              chain: Annotated[Optional[str], typer.Option(help='Chain of the structure; default the first.')]=None,
+             pack: Annotated[bool, typer.Option('--pack', help='Leave small lossless .npy.xz files, as a repository ships them, instead of .xtc.')]=False,
              burn_in: Annotated[int, typer.Option(help='Frames discarded at the beginning of each.')]=200,
              workers: Annotated[Optional[int], typer.Option(help='Processes; default one a core.')]=None,
              scheduler: Annotated[str, typer.Option(help='Address of a Dask scheduler, tcp://...; default local processes.')]=''):
     "Make trajectories with the structure-based C-alpha model; stopped and started again, it goes on."
     from foldbook.simulation import ensemble
     model = _model(pdb, system, chain, dict(temperature=temperature, cooperativity=cooperativity))
-    files = ensemble(model, out, trajectories, frames, steps_per_frame, seed, burn_in, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
+    files = ensemble(model, out, trajectories, frames, steps_per_frame, seed, burn_in, pack=pack, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
+    if pack: return print(f'{len(files)} packed trajectories of {frames} frames in {out}')
     print(f'{len(files)} trajectories of {frames} frames in {out}, {_crossings(model, files)} folding and unfolding events (Q < 0.25, Q > 0.8)')
     print(f'next: foldbook run --data {out} --out runs/{out.name}')
 
