@@ -66,21 +66,22 @@ def _from_json(cls, text: str) -> Features:
 
 Features.to_json, Features.from_json = _to_json, classmethod(_from_json)
 
-# %% ../nbs/13_features.ipynb #b7b0e5ee
+# %% ../nbs/13_features.ipynb #b414282a
 _CAPS = ('ACE', 'FOR', 'NME', 'NMA', 'NH2')
 
-def _alpha(residue): # index of the C-alpha, None for what is no amino acid
-    return next((a.index for a in residue.atoms if a.name == 'CA' and (a.element is None or a.element.symbol in ('C', 'VS'))), None)
+def _alpha(residue): # index of the C-alpha, None for what is no amino acid; files without elements make some readers think of calcium
+    amino = residue.code is not None or any(a.name == 'C' for a in residue.atoms)
+    return next((a.index for a in residue.atoms if a.name == 'CA' and (amino or a.element is None or a.element.symbol in ('C', 'VS'))), None)
 
 def ca_atoms(
     topology: md.Topology,
 ) -> np.ndarray: # (N,) indices
     "The C-alpha atoms, one a residue; raises `ValueError` when there are none."
     ca = [i for r in topology.residues if (i := _alpha(r)) is not None]
-    if not ca: raise ValueError(f'the topology has no C-alpha atom (name CA, element C) among its {topology.n_atoms} atoms; a protein is needed')
+    if not ca: raise ValueError(f'the topology has no C-alpha atom (name CA in an amino acid) among its {topology.n_atoms} atoms; a protein is needed')
     return np.array(ca)
 
-# %% ../nbs/13_features.ipynb #882ccf4a
+# %% ../nbs/13_features.ipynb #79c5d4c8
 def protein_atoms(
     topology: md.Topology,
 ) -> np.ndarray: # indices
@@ -96,6 +97,7 @@ def load_native(
     if not Path(path).exists(): raise FileNotFoundError(f'{path}: no such structure file')
     try: t = md.load_frame(str(path), 0)
     except (ValueError, OSError, IndexError) as e: raise ValueError(f'{path}: not a structure with positions and atom names, such as a PDB file ({e})') from e
+    for i in ca_atoms(t.topology): t.topology.atom(int(i)).element = md.element.carbon
     atoms = protein_atoms(t.topology)
     return t if len(atoms) == t.n_atoms else t.atom_slice(atoms)
 
@@ -416,7 +418,7 @@ def end_to_end(
     names = tuple('end_to_end' + (f' {n}' if len(ends) > 1 else '') for n in d.features.names)
     return replace(d, features=replace(d.features, names=names))
 
-# %% ../nbs/13_features.ipynb #de6396c7
+# %% ../nbs/13_features.ipynb #7249c8b7
 def aligned_coordinates(
     native: md.Trajectory,
 ) -> Featurizer: # nm, columns x, y, z of each C-alpha
@@ -435,7 +437,10 @@ def surface_area(
     _need_side_chains(native, 'surface_area', 'radius_of_gyration')
     atoms = protein_atoms(native.topology)
     protein = native.topology.subset(atoms)
-    compute = lambda t: [md.shrake_rupley(md.Trajectory(x, protein)).sum() for x in t.xyz[:, atoms]] # one by one: mdtraj's value depends on the frames before it in the call
+    def one(x): # frame by frame: mdtraj's value depends on the frames before it in the call, and it ends the process when two atoms coincide
+        if same := cKDTree(x).query_pairs(2e-5): raise ValueError(f'surface_area: atoms {" and ".join(_labels(protein, next(iter(same))))} are at the same place; mend the structure or leave out SASA')
+        return md.shrake_rupley(md.Trajectory(x, protein)).sum()
+    compute = lambda t: [one(x) for x in t.xyz[:, atoms]]
     return Featurizer(Features(('SASA',), ('nm^2',), (_labels(native.topology, atoms),)), compute, native.topology, atoms)
 
 def secondary_structure(
@@ -536,14 +541,14 @@ def fitting_topology(
         return topology.subset(protein)
     raise ValueError(f'{path}: frame 0 has {n} atoms, the topology {topology.n_atoms} (its protein {len(protein)}; the last atom is {_labels(topology, [-1])[0]}): give the structure file that belongs to this trajectory')
 
-# %% ../nbs/13_features.ipynb #5af9e53b
+# %% ../nbs/13_features.ipynb #f4d26dd2
 def _pieces(path, topology, chunk, atoms): # frames of one file, then an error if it does not end well
     n = 0
     try:
         for piece in md.iterload(str(path), top=topology, chunk=chunk, atom_indices=atoms):
             yield piece
             n += len(piece)
-        cause = _cut_short(path, n)
+        cause = _cut_short(path, n, topology.n_atoms)
     except _UNREADABLE as e:
         cause = str(e)
         with suppress(*_UNREADABLE): # whole frames between the last chunk and the damage
@@ -552,38 +557,54 @@ def _pieces(path, topology, chunk, atoms): # frames of one file, then an error i
                 n += 1
     if cause: raise EOFError(f'{path}: frame {n}: the file is cut short or damaged after {n} whole frames ({cause}); copy it again, or pass damaged="skip" to use these')
 
-def _cut_short(path, n): # why a file that seemed to end well did not, or ''
-    head, size = path.open('rb').read(8), path.stat().st_size
-    if head[4:] == b'CORD':
-        claimed = struct.unpack('<i', path.open('rb').read(12)[8:])[0]
-        if claimed > n: return f'its header promises {claimed} frames'
-    if head[:4] == struct.pack('>i', 1993) and (end := _trr_end(path)) > size: return f'it lacks {end - size} bytes'
+# %% ../nbs/13_features.ipynb #7b83ed7c
+def _cut_short(path, n, atoms): # why a file that seemed to end well did not, or ''
+    size = path.stat().st_size
+    with path.open('rb') as f:
+        head = f.read(8)
+        f.seek(max(0, size - 200*atoms - 2000)) # room for two frames
+        tail = f.read()
+    if head[4:] == b'CORD': return _dcd_short(path, n, size, atoms)
+    magic = struct.unpack('>i', head[:4])[0]
+    rest = _xtc_rest(tail, magic, atoms) if magic in (1995, 2023) else _trr_rest(tail, atoms) if magic == 1993 else 0
+    return '' if rest == 0 else f'{rest} bytes of an unfinished frame at its end' if rest > 0 else f'its last frame lacks {-rest} bytes'
+
+def _xtc_rest(tail, magic, atoms): # bytes after the last frame that has a header, or missing in it
+    start = tail.rfind(struct.pack('>ii', magic, atoms))
+    frame, wide = tail[start:], 4*(magic == 2023)
+    if start < 0 or len(frame) < 92 + wide: return max(len(frame), 1)
+    return len(frame) - (56 + 12*atoms if atoms <= 9 else 92 + wide + (int.from_bytes(frame[88:92 + wide], 'big') + 3)//4*4)
+
+def _trr_rest(tail, atoms):
+    start = tail.rfind(b'GMX_trn_file') - 12
+    frame = tail[start:]
+    if start < 0 or len(frame) < 76: return max(len(frame), 1)
+    *parts, _, _, _ = struct.unpack('>13i', frame[24:76])
+    return len(frame) - (76 + 2*(parts[2]//9 or max(parts[7:10])//(3*atoms)) + sum(parts))
+
+def _dcd_short(path, n, size, atoms): # part of a frame at the end is damage; fewer frames than promised may be a stopped run or an excerpt
+    with path.open('rb') as f:
+        head = f.read(100)
+        title = struct.unpack('<i', head[92:96])[0]
+    claimed, box = struct.unpack('<i', head[8:12])[0], any(head[48:52])
+    if rest := (size - 112 - title) % (12*atoms + 24 + 56*box): return f'{rest} bytes of an unfinished frame at its end'
+    if claimed > n: warnings.warn(f'{path}: the header promises {claimed} frames, the file has {n}, all whole; make sure that none is missing', stacklevel=2)
     return ''
 
-def _trr_end(path): # where the last frame ought to end
-    end, size = 0, path.stat().st_size
-    with path.open('rb') as f:
-        while end < size:
-            f.seek(end + 24) # magic number, version string
-            if len(head := f.read(52)) < 52: return end + 76
-            *parts, atoms, _, _ = struct.unpack('>13i', head)
-            real = parts[2]//9 or max(parts[7:10])//(3*atoms)
-            end += 76 + 2*real + sum(parts)
-    return end
-
-# %% ../nbs/13_features.ipynb #afb70916
+# %% ../nbs/13_features.ipynb #d280080d
 def _neighbours(topology): # (n, 2) atoms that must be close: C-alphas in sequence, or the bonds of a molecule too small for that
     ends = {r.index for r in topology.residues for a in r.atoms if a.name in ('OXT', 'OT2', 'OC2')} # where files have no chain names
     ca = [topology.atom(int(i)) for i in ca_atoms(topology)]
     beads = [(a.index, b.index) for a, b in zip(ca, ca[1:]) if a.residue.chain is b.residue.chain and a.residue.index not in ends]
     return np.array(beads or [(a.index, b.index) for a, b in topology.bonds], int).reshape(-1, 2)
 
-def _faults(t, neighbours, first): # what is wrong with frames: flags (T,), atom (T,), text
-    finite = np.isfinite(t.xyz)
-    nan = ~finite.all((1, 2))
-    if nan.any(): yield nan, finite.all(2).argmin(1), 'its position is not a number; the frame is damaged'
+def _faults(t, neighbours): # what is wrong with frames: flags (T,), atom (T,), text
+    nan = np.zeros(len(t), bool)
+    if not (finite := np.isfinite(t.xyz)).all():
+        nan = ~finite.all((1, 2))
+        yield nan, finite.all(2).argmin(1), 'its position is not a number; the frame is damaged'
     if not len(neighbours): return
-    d = np.sqrt(((t.xyz[:, neighbours[:, 0]] - t.xyz[:, neighbours[:, 1]])**2).sum(2)) # nm
+    d = md.compute_distances(t, neighbours, periodic=False) # nm
     worst, typical = neighbours[d.argmax(1), 0], d[min(len(d) - 1, int(nan.argmin()))]
     usual = 0.38 if len(ca_atoms(t.topology)) > 1 else 0.13
     if np.median(typical) > 2.5*usual: yield np.ones(len(d), bool), worst, f'its neighbour is {d.max(1)[0]:.1f} nm away, and most are that far: the positions look like ångströms; divide them by 10'
@@ -594,7 +615,7 @@ def _faults(t, neighbours, first): # what is wrong with frames: flags (T,), atom
 
 def _check(path, first, t, neighbours, damaged): # flags (T,) of frames to keep; raises, or warns, at the first bad one
     good = np.ones(len(t), bool)
-    for bad, atom, what in _faults(t, neighbours, first):
+    for bad, atom, what in _faults(t, neighbours):
         k = int(bad.argmax())
         message = f'{path}: frame {first + k}, atom {_labels(t.topology, [atom[k]])[0]}: {what}'
         if damaged != 'skip' or bad.all() and len(bad) > 1: raise ValueError(message + '; damaged="skip" leaves such frames out'*(damaged != 'skip' and not bad.all()))
@@ -602,11 +623,12 @@ def _check(path, first, t, neighbours, damaged): # flags (T,) of frames to keep;
         good &= ~bad
     return good
 
-# %% ../nbs/13_features.ipynb #db87a3d7
+# %% ../nbs/13_features.ipynb #0838a2c7
 def _whole(path, t, neighbours): # molecules put together across the box, chains next to each other
     if t.unitcell_vectors is None: raise ValueError(f'{path}: periodic=True needs a periodic box, and this file has none; leave it out')
     if not t.topology.n_bonds: return t.make_molecules_whole(sorted_bonds=neighbours.astype(np.int32))
-    return t.image_molecules() if t.topology.n_chains > 1 else t.make_molecules_whole()
+    molecules = t.topology.find_molecules()
+    return t.image_molecules(anchor_molecules=molecules, other_molecules=[]) if len(molecules) > 1 else t.make_molecules_whole()
 
 def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, progress): # one file: (T, F), frames left out
     path = Path(path)
