@@ -390,7 +390,7 @@ def _heavy_pairs(native, cutoff=0.45, separation=4): # atoms that touch, of resi
     if not len(pairs): raise ValueError(f'no two heavy atoms of residues {separation} or more apart are within {cutoff} nm in the native structure; leave out Q_soft')
     return pairs
 
-# %% ../nbs/13_features.ipynb #782e81f7
+# %% ../nbs/13_features.ipynb #e42f1059
 def rmsd(
     native: md.Trajectory,
 ) -> Featurizer: # column RMSD, nm
@@ -404,8 +404,10 @@ def radius_of_gyration(
 ) -> Featurizer: # column Rg, nm
     "Radius of gyration of the C-alphas, all of the same weight."
     ca = ca_atoms(native.topology)
-    chain = native.topology.subset(ca)
-    return _of_ca(native, ('Rg',), 'nm', lambda t: md.compute_rg(md.Trajectory(t.xyz[:, ca], chain)))
+    def compute(t):
+        x = t.xyz[:, ca] - t.xyz[:, ca].mean(1, keepdims=True)
+        return np.sqrt(np.einsum('tij,tij->t', x, x, dtype=float)/len(ca))
+    return _of_ca(native, ('Rg',), 'nm', compute)
 
 def end_to_end(
     native: md.Trajectory,
