@@ -356,3 +356,4 @@ def test_more_faults(folder, native, shaken):
     with pytest.raises(ValueError, match='three are needed'): ft.rmsd(native.atom_slice(ft.ca_atoms(native.topology)[:2]))
     with pytest.raises(ValueError, match='4 residues'): ft.pseudo_dihedrals(native.atom_slice(ft.ca_atoms(native.topology)[:3]))
     with pytest.raises(ValueError, match='not a structure'): ft.load_native(folder/'shaken.xtc')
+    with pytest.raises(KeyError, match="no atom 'LEU99-CA'"): ft.find_atoms(native.topology, ('LEU2-CA', 'LEU99-CA'))
