@@ -28,7 +28,7 @@ class _Group(TyperGroup):
         print(f'error: {message}', file=sys.stderr)
         sys.exit(code)
 
-# %% ../nbs/61_command_line.ipynb #d85c9b47
+# %% ../nbs/61_command_line.ipynb #cdea9189
 def _spread(args, names):
     "Repeat an option of several values: --traj a b -> --traj a --traj b."
     out, current = [], None
@@ -42,6 +42,7 @@ class _Lists(TyperCommand):
     "A command whose --traj and --states take several values."
     def parse_args(self, ctx, args): return super().parse_args(ctx, _spread(args, ('--traj', '--states')))
 
+# %% ../nbs/61_command_line.ipynb #47581c71
 def _expand(patterns) -> list:
     "Files of a list of names and patterns, in order. Raises `FileNotFoundError` for a pattern that matches nothing."
     import glob
@@ -52,11 +53,12 @@ def _expand(patterns) -> list:
         files += found
     return files
 
-# %% ../nbs/61_command_line.ipynb #a0fe01f7
+# %% ../nbs/61_command_line.ipynb #a3e87d26
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=True, rich_markup_mode='rich', pretty_exceptions_enable=False,
                   context_settings=dict(help_option_names=['-h', '--help']),
                   epilog='Exit codes: 0 all well, 1 the coordinate FAILS, 2 bad input. Start with: [bold]foldbook run --quick[/bold]')
 
+# %% ../nbs/61_command_line.ipynb #d257b007
 def _version(value: bool):
     if value:
         from importlib.metadata import version
@@ -142,11 +144,12 @@ def _write_zq_figure(path, z):
         plot_zq(z, ax=ax)
         fig.savefig(path, dpi=130)
 
-# %% ../nbs/61_command_line.ipynb #036c965f
+# %% ../nbs/61_command_line.ipynb #4a84c80c
 def _console():
     from rich.console import Console
     return Console(highlight=False, soft_wrap=True)
 
+# %% ../nbs/61_command_line.ipynb #07122bfb
 def _print_board(table):
     "The leaderboard in the terminal, and the headline."
     from rich.table import Table
@@ -160,7 +163,7 @@ def _print_board(table):
     from rich.console import Console
     Console(width=max(130, Console().width)).print(board)
 
-# %% ../nbs/61_command_line.ipynb #62cc0f4f
+# %% ../nbs/61_command_line.ipynb #701ef896
 @app.command(cls=_Lists, epilog='''Examples: [bold]foldbook run[/bold] takes the shipped villin data (about ten minutes on two cores).
 [bold]foldbook run --traj a.xtc b.xtc c.xtc --top native.pdb --folded "RMSD < 0.15" --unfolded "RMSD > 0.5" --out runs/mine[/bold] takes yours.''')
 def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; several values or several times.')]=None,
@@ -192,12 +195,13 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
     table = evaluate.run(config, out, overwrite, devices, workers, say=_console().print)
     _print_board(table)
     print(f'\nreport: {out}/report.html')
-    if readme: evaluate.write_readme(out, readme, readme.parent/'nbs'/'leaderboard.png')
+    if readme: evaluate.write_readme(out, readme, readme.parent/'nbs'/'images'/'zq.png')
 
-# %% ../nbs/61_command_line.ipynb #9ead55cf
+# %% ../nbs/61_command_line.ipynb #cc78b669
 data_app = typer.Typer(cls=_Group, no_args_is_help=True, help='Data sets by name: list, info, fetch.', epilog='Example: [bold]foldbook data info villin_go[/bold]')
 app.add_typer(data_app, name='data')
 
+# %% ../nbs/61_command_line.ipynb #ade9dbde
 def _size(n):
     if not n: return ''
     for unit in ('B', 'kB', 'MB', 'GB'):
@@ -236,13 +240,14 @@ def data_fetch(name: Annotated[str, typer.Argument(help='A name of foldbook data
     from foldbook.data import fetch
     print(fetch(name).directory)
 
-# %% ../nbs/61_command_line.ipynb #d2d73b15
+# %% ../nbs/61_command_line.ipynb #4a9c14f8
 def _client(scheduler):
     "A client of a Dask scheduler, or None for local processes."
     if not scheduler: return None
     from distributed import Client
     return Client(scheduler, timeout=10)
 
+# %% ../nbs/61_command_line.ipynb #724c586e
 def _model(pdb, system, chain, parameters):
     "The model of a structure, or a shipped one with other parameters."
     from dataclasses import replace
@@ -287,13 +292,15 @@ def _crossings(model, files):
     from foldbook.committor import count_transitions
     return sum(count_transitions([np.where(q < .25, 0, np.where(q > .8, 1, -1)).astype(np.int8) for q in _q(model, files)]))
 
-# %% ../nbs/61_command_line.ipynb #ab34de0e
+# %% ../nbs/61_command_line.ipynb #e30023c0
 @app.command(epilog='Example: [bold]foldbook shoot trpcage --trajectory 3 --frames 60 --shots 40[/bold]')
 def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simulate wrote, or the name of a shipped data set.')],
           trajectory: Annotated[Optional[list[int]], typer.Option(help='Trajectories to take frames from, several times for several; default those of the test part.')]=None,
           frames: Annotated[int, typer.Option(min=1, help='Frames, evenly over Q between the states.')]=60,
           shots: Annotated[int, typer.Option(min=2, help='Simulations from each.')]=40,
           steps_per_frame: Annotated[int, typer.Option(min=1, help='Steps between looks at Q; as in the trajectories.')]=1500,
+          unfolded: Annotated[float, typer.Option(help='A shot ends in A when Q is below.')]=.25,
+          folded: Annotated[float, typer.Option(help='A shot ends in B when Q is above.')]=.8,
           seed: Annotated[int, typer.Option(help='Of every random number.')]=0,
           out: Annotated[Optional[Path], typer.Option('--out', '-o', help='npz to write. [default: shooting.npz in the directory]')]=None,
           workers: Annotated[Optional[int], typer.Option(help='Processes; default one a core.')]=None,
@@ -303,15 +310,16 @@ def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simu
     from foldbook.simulation import choose_frames, committor_estimate, shoot
     home, model, files = _ensemble_of(data)
     q = _q(model, files)
-    chosen = choose_frames(q, _test_trajectories(q, trajectory), frames, seed=seed)
+    chosen = choose_frames(q, _test_trajectories(q, trajectory), frames, unfolded, folded, seed)
     out = out or home/'shooting.npz'
     partial = out.with_name(out.name + '.part.npz')
-    done = shoot(model, _frames(model, files, chosen), shots, seed, partial, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(), steps_per_frame=steps_per_frame)
-    _write_shots(out, partial, chosen, done, seed, steps_per_frame)
+    done = shoot(model, _frames(model, files, chosen), shots, seed, partial, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(),
+                 steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded)
+    _write_shots(out, partial, chosen, outcomes=done, seed=seed, steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded)
     p, se = committor_estimate(done)
     print(f'{frames} frames x {shots} shots -> {out}: committor from {np.nanmin(p):.2f} to {np.nanmax(p):.2f}, typical error {np.nanmean(se):.2f}')
 
-# %% ../nbs/61_command_line.ipynb #cdd7fc51
+# %% ../nbs/61_command_line.ipynb #249d7b1e
 def _ensemble_of(data):
     "Directory, model and trajectories of a simulated or shipped data set."
     from foldbook.simulation import GoModel, shipped_model
@@ -326,17 +334,20 @@ def _ensemble_of(data):
 def _test_trajectories(q, trajectory):
     from foldbook.evaluate import split
     if bad := [k for k in trajectory or [] if not 0 <= k < len(q)]: raise ValueError(f'--trajectory {bad[0]}: there are {len(q)}, counted from 0')
+    if trajectory: return trajectory
     s = split([len(v) for v in q])
-    return trajectory or sorted({s.blocks[b][0] for b in s.test})
+    return sorted({s.blocks[b][0] for b in s.test})
 
+# %% ../nbs/61_command_line.ipynb #0112e6c9
 def _frames(model, files, chosen):
     import mdtraj, numpy as np
     return np.stack([mdtraj.load_frame(str(files[k]), int(t), top=model.native).xyz[0] for k, t in chosen])
 
-def _write_shots(out, partial, chosen, outcomes, seed, steps_per_frame):
+# %% ../nbs/61_command_line.ipynb #7b543fe2
+def _write_shots(out, partial, chosen, **arrays):
     import numpy as np
     temporary = out.with_name(f'.{os.getpid()}-{out.name}')
-    np.savez_compressed(temporary, trajectory=chosen[:, 0], frame=chosen[:, 1], outcomes=outcomes, seed=seed, steps_per_frame=steps_per_frame)
+    np.savez_compressed(temporary, trajectory=chosen[:, 0], frame=chosen[:, 1], **arrays)
     os.replace(temporary, out)
     partial.unlink(missing_ok=True)
 

@@ -247,14 +247,14 @@ class Candidate:
     shots: tuple=None # (values at the shot frames, hits, shots)
     extra: dict=field(default_factory=dict) # further columns
 
-# %% ../nbs/60_evaluation.ipynb #c04e0fe4
+# %% ../nbs/60_evaluation.ipynb #7036999c
 def judge(c: Candidate, # the coordinate
           lags=None, # frames; None takes the ladder of the data
           n_bootstrap: int=100, # resampled sets of folding cycles behind the error bar of T_max
           seed: int=0 # of the resampling
          ) -> tuple: # row of the leaderboard (dict), `ZqResult`
     "Z_q over the ladder with its verdict, proper scores, error against shooting, cost."
-    z = profile(c.r, c.states, lags=lags, n_bootstrap=n_bootstrap, seed=seed)
+    with np.errstate(over='ignore'): z = profile(c.r, c.states, lags=lags, n_bootstrap=n_bootstrap, seed=seed)
     v, s, number = z.verdict, scores(c.r, c.states), lambda x: np.nan if x is None else x # None: no transition to count in
     row = dict(coordinate=c.name, kind=c.kind, in_sample=c.in_sample, passed=bool(v.passed), verdict=v.label, reason=v.reason,
                t_max=number(z.t_max), t_max_se=number(z.t_max_se), t_sd=number(z.t_sd), log_loss=s.log_loss, brier=s.brier, auc=s.auc)
@@ -326,10 +326,10 @@ class Config:
         a, b = (_plain(asdict(c)) for c in (self, other))
         return [f'{k}: {b[k]!r} before, {a[k]!r} now' for k in a if a[k] != b.get(k)]
 
-# %% ../nbs/60_evaluation.ipynb #a60787cd
+# %% ../nbs/60_evaluation.ipynb #98b61274
 def quick(**settings) -> Config:
     "A configuration that takes about a minute."
-    small = dict(max_frames=2500, n_bootstrap=30, students=('lstm:martingale', 'transformer:martingale'), student_options=dict(max_epochs=6, hidden=8), teacher_options=dict(n_iterations=300))
+    small = dict(max_frames=2500, n_bootstrap=30, students=('lstm:martingale', 'transformer:martingale'), student_options=dict(max_epochs=15), teacher_options=dict(n_iterations=300))
     return Config(**(small | settings))
 
 # %% ../nbs/60_evaluation.ipynb #152be62e
@@ -358,24 +358,32 @@ def find_inputs(config) -> Inputs:
     return Inputs(native.stem, files, top, native, config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8', np.nan, np.nan,
                   Path(config.shooting) if config.shooting else None, f'{len(files)} trajectories of {native.stem}, given by the user.')
 
-# %% ../nbs/60_evaluation.ipynb #d09b7ea3
+# %% ../nbs/60_evaluation.ipynb #161e7917
 def _registered(config):
     "A data set by name, or a directory that `foldbook simulate` wrote."
     if Path(config.data).is_dir(): return _simulated(config, Path(config.data))
     from foldbook.data import fetch
     d = fetch(config.data, progress=False)
-    shots = Path(config.shooting) if config.shooting else d.topology.parent/'shooting.npz'
+    states = config.unfolded or d.states['unfolded'], config.folded or d.states['folded']
     words = f'{d.description}. Made by: {d.how_made}. Licence: {d.licence}.'
-    return Inputs(config.data, d.trajectories, d.topology, d.topology, config.unfolded or d.states['unfolded'], config.folded or d.states['folded'],
-                  float(d.frame_spacing_ps or np.nan), float(d.temperature_kelvin or np.nan), shots if shots.exists() else None, words)
+    return Inputs(config.data, d.trajectories, d.topology, d.topology, *states, float(d.frame_spacing_ps or np.nan), float(d.temperature_kelvin or np.nan),
+                  _matching_shots(config, d.topology.parent, *states), words)
 
-# %% ../nbs/60_evaluation.ipynb #7a8dc525
+# %% ../nbs/60_evaluation.ipynb #e8f25486
 def _simulated(config, home):
     files = sorted(home.glob('*.xtc'), key=lambda p: (len(p.name), p.name))
     if not files or not (home/'native.pdb').exists(): raise FileNotFoundError(f'{home}: no trajectories (*.xtc) with native.pdb; make them with foldbook simulate, or use --traj and --top')
-    shots = Path(config.shooting) if config.shooting else home/'shooting.npz'
-    return Inputs(home.name, files, home/'native.pdb', home/'native.pdb', config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8', np.nan, np.nan, shots if shots.exists() else None,
+    states = config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8'
+    return Inputs(home.name, files, home/'native.pdb', home/'native.pdb', *states, np.nan, np.nan, _matching_shots(config, home, *states),
                   f'{len(files)} trajectories of the structure-based model in {home}.')
+
+# %% ../nbs/60_evaluation.ipynb #3d141180
+def _matching_shots(config, home, unfolded, folded):
+    "The shooting file to compare with, or None."
+    if config.shooting: return Path(config.shooting)
+    if not (path := home/'shooting.npz').exists(): return None
+    with np.load(path) as f: a, b = (float(f[k]) if k in f else v for k, v in (('unfolded', .25), ('folded', .8)))
+    return path if (unfolded, folded) == (f'Q < {a:g}', f'Q > {b:g}') else None
 
 # %% ../nbs/60_evaluation.ipynb #98b3fd6c
 _BEFORE_STATES = ('data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'max_frames') # settings behind the features
@@ -500,26 +508,31 @@ def _features(run, inputs):
     replacing(run.path/'features.json', lambda p: p.write_text(described.features.to_json() + '\n'))
     return dict(lengths=lengths, said=f'{len(names)} features of {sum(lengths):,} frames in {len(lengths)} trajectories')
 
-# %% ../nbs/60_evaluation.ipynb #a24bae9e
+# %% ../nbs/60_evaluation.ipynb #d9511630
 def _states(run, inputs, lengths):
     "Flags, split, and whether there is anything to learn from and to judge on."
     described, features = _described(run), run.load('features')
     s = split(lengths, run.config.split_seed)
-    states = states_from(features, described, inputs.unfolded, inputs.folded)
+    try: states = states_from(features, described, inputs.unfolded, inputs.folded)
+    except ValueError as e: raise ValueError(f'{e} ({_seen(features, described, inputs)})') from None
     for part in ('train', 'validation', 'test'): _check_events(states, s, part, features, described, inputs)
     run.save('states', states)
     write_json(run.path/'split.json', asdict(s))
     events = {p: sum(count_transitions(s.take(states, p))) for p in ('train', 'validation', 'test')}
     return dict(events=events, said='transitions ' + ', '.join(f'{n} in {p}' for p, n in events.items()))
 
-# %% ../nbs/60_evaluation.ipynb #de874c43
+# %% ../nbs/60_evaluation.ipynb #6831dbda
 def _check_events(states, s, part, features, described, inputs):
     if all(count_transitions(s.take(states, part))): return
-    x, named = np.concatenate(features), re.findall(r'\w+', f'{inputs.unfolded} {inputs.folded}')
-    ranges = [f'{n} runs from {v.min():.2f} to {v.max():.2f}' for n in dict.fromkeys(named) if n in described.names for v in [x[:, described.index(n)]]]
-    raise ValueError(f'no complete folding and unfolding event in the {part} part (trajectories {", ".join(str(s.blocks[b][0]) for b in s.members(part))}) '
-                     f'with A: {inputs.unfolded} and B: {inputs.folded}; {", ".join(ranges)} in all. '
+    raise ValueError(f'no complete folding and unfolding event in the {part} part (trajectories {", ".join(str(s.blocks[b][0]) for b in s.members(part))}; {_seen(features, described, inputs)}). '
                      'Choose other --unfolded and --folded, another --split-seed, or more trajectories')
+
+# %% ../nbs/60_evaluation.ipynb #06ef969f
+def _seen(features, described, inputs):
+    "The definitions of the states, and the range of each column they name."
+    x, named = np.concatenate(features), re.findall(r'\w+', f'{inputs.unfolded} {inputs.folded}')
+    columns = {n: x[:, described.index(n)] for n in named if n in described.names}
+    return f'A: {inputs.unfolded}, B: {inputs.folded}' + ''.join(f'; {n} runs from {v.min():.2f} to {v.max():.2f}' for n, v in columns.items())
 
 # %% ../nbs/60_evaluation.ipynb #935b9381
 def _described(run):
@@ -634,14 +647,14 @@ def student_process(path, spec, devices, progress):
         replacing(home/'error.txt', lambda p: p.write_text(traceback.format_exc()))
         raise SystemExit(1)
 
-# %% ../nbs/60_evaluation.ipynb #a7db4216
+# %% ../nbs/60_evaluation.ipynb #e74fc5dd
 def _start(run, spec, devices, slot):
     "Start the process of one student; bars of several share the terminal."
-    import subprocess, sys
-    progress = sys.stderr.isatty()
-    env = dict(os.environ, OMP_NUM_THREADS='1', TQDM_POSITION=str(slot), TQDM_LEAVE='0')
+    import subprocess, sys, foldbook
+    progress, home = sys.stderr.isatty(), str(Path(foldbook.__path__[0]).parent) # the same package, wherever we are
+    env = dict(os.environ, OMP_NUM_THREADS='1', TQDM_POSITION=str(slot), TQDM_LEAVE='0', PYTHONPATH=os.pathsep.join(filter(None, (home, os.environ.get('PYTHONPATH')))))
     code = 'import sys; from foldbook.evaluate import student_process; student_process(*sys.argv[1:])'
-    return subprocess.Popen([sys.executable, '-c', code, str(run.path), spec, str(devices), str(progress)], env=env, stdout=subprocess.DEVNULL,
+    return subprocess.Popen([sys.executable, '-P', '-c', code, str(run.path), spec, str(devices), str(progress)], env=env, stdout=subprocess.DEVNULL,
                             stderr=None if progress else subprocess.DEVNULL)
 
 # %% ../nbs/60_evaluation.ipynb #90c48709

@@ -57,6 +57,13 @@ def test_every_command_has_help_with_an_example(command, inside):
     assert 'foldbook ' in done.stdout
 
 
+def test_commands_are_those_of_the_book():
+    from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, read_series, run, shoot, simulate, zq
+    assert {c.callback for c in app.registered_commands} == {zq, run, simulate, shoot, features}
+    assert {c.callback for c in data_app.registered_commands} == {data_list, data_info, data_fetch}
+    with pytest.raises(FileNotFoundError, match='nothing.npy'): read_series('nothing.npy')
+
+
 def test_help_starts_quickly_and_without_heavy_imports():
     code = 'import sys; from foldbook.cli import app\ntry: app(["--help"])\nexcept SystemExit: pass\nprint(sorted({"torch", "numpy", "mdtraj", "openmm", "pandas"} & set(sys.modules)), file=sys.stderr)'
     done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True)
@@ -228,7 +235,7 @@ def test_bad_input_of_run(protein, unbroken):
     one_line_error(run('--traj', 'hp/hairpin-0.xtc', '--top', 'no.pdb'), 'no.pdb')
     one_line_error(run('--traj', 'hp/hairpin-0.xtc'), '--top')
     one_line_error(foldbook('run', '--data', 'hp', '--quick', *SMALL, '--seed', 1, '--out', 'runs/whole', cwd=protein), 'seed: 0 before, 1 now', '--overwrite')
-    for states in (['--folded', 'Q > 0.999', '--unfolded', 'Q < 0.001'], ['--folded', 'Q > 2'], ['--folded', 'Nonsense > 2'], ['--folded', 'Q >'], ['--folded', 'Q > 0.1']):
+    for states in (['--folded', 'RMSD < 0.001'], ['--folded', 'Q > 2'], ['--folded', 'Nonsense > 2'], ['--folded', 'Q >'], ['--folded', 'Q > 0.1']):
         one_line_error(run('--data', 'hp', *states), states[1])
     one_line_error(run('--data', 'hp', '--students', 'oracle:martingale'), 'oracle')
     (protein/'papers').mkdir()

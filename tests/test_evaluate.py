@@ -225,3 +225,65 @@ def test_readme(tmp_path, rows):
     readme.write_text('no marks')
     with pytest.raises(ValueError, match='README.md: needs one line'): write_readme(tmp_path, readme)
     assert read_leaderboard(tmp_path).coordinate[0] == 'q'
+
+
+# --- figures and words -------------------------------------------------------------------------------------------
+def test_figures_show_what_they_are_given(rows):
+    import matplotlib.pyplot as plt
+    from foldbook.evaluate import (figure_calibration, figure_free_energy, figure_ladder, figure_learning, figure_profiles, figure_series, figure_shooting)
+    system = lshape2d()
+    path = system.sample(40_000, 2, seed=1)
+    states, q = [system.states[p] for p in path], [system.committor[p] for p in path]
+    c = Candidate('q', 'student', q, states, shots=(np.linspace(0, 1, 20), np.arange(20), np.full(20, 20)))
+    z = judge(c, n_bootstrap=0)[1]
+    drawn = lambda f: [a for a in f.axes if a.has_data()]
+    assert [a.get_title().split('\n')[0] for a in drawn(figure_profiles(dict(a=z, b=z, c=z, d=z)))] == list('abcd')
+    assert len(drawn(figure_ladder(rows))[0].lines) == len(rows) + 1  # and the limit
+    assert len(drawn(figure_calibration([c, c]))) == 1
+    assert len(drawn(figure_free_energy(q, 'q'))) == 2
+    assert [a.get_title() for a in drawn(figure_series(q, states, names=['one', 'two']))] == ['one', 'two']
+    assert [a.get_title() for a in drawn(figure_learning(dict(a=dict(epoch=[0, 1], log_loss=[1, .5], t_max=[3, 2]))))] == ['log loss', 't max']
+    assert 'RMSE' in drawn(figure_shooting([c]))[0].get_title()
+    plt.close('all')
+
+
+def test_headline_says_pass_or_fail_and_why(rows):
+    from foldbook.evaluate import headline
+    table = leaderboard(rows)
+    assert 'q, chosen on the validation part, PASSES' in headline(table, 'q') and 'The best order parameter by log-loss, x,' in headline(table, 'q')
+    assert 'FAILS' in headline(table, 'x') and 'Reason: T_max is' in headline(table, 'x')
+
+
+def test_rows_for_people_have_a_cell_for_each_column(rows):
+    from foldbook.evaluate import COLUMNS, LEGEND, SHORT, cells
+    assert all(len(cells(r)) == len(COLUMNS) for r in rows) and set(SHORT) < set(COLUMNS)
+    assert cells(rows[2])[0] == 'seen (in-sample)' and cells(rows[0])[COLUMNS.index('RMSE to shooting')] == '–'
+    assert 'validation' in LEGEND
+
+
+def test_inputs_are_looked_for_before_anything_is_done(tmp_path):
+    from foldbook.evaluate import Inputs, find_inputs
+    found = find_inputs(Config())
+    assert isinstance(found, Inputs) and len(found.files) == 8 and found.shooting.name == 'shooting.npz' and found.unfolded == 'Q < 0.25'
+    assert find_inputs(Config(folded='Q > 0.7')).shooting is None  # shots to other states are no truth
+    with pytest.raises(ValueError, match='--top'): find_inputs(Config(trajectories=('a.xtc',)))
+    with pytest.raises(FileNotFoundError, match='a.xtc'): find_inputs(Config(trajectories=('a.xtc',), topology='b.pdb'))
+    with pytest.raises(FileNotFoundError, match='foldbook simulate'): find_inputs(Config(data=str(tmp_path)))
+    with pytest.raises(KeyError, match='villin_go'): find_inputs(Config(data='nothing'))
+
+
+def test_a_failing_student_leaves_its_last_words(tmp_path):
+    from foldbook.evaluate import student_process, train_student, load_config, save_array
+    job = Run(Config(students=('lstm:telepathy',)), tmp_path/'r')
+    evaluate.write_json(job.path/'split.json', asdict(split([50]*3)))
+    for folder, a in (('features', np.zeros((50, 2), 'f4')), ('states', np.zeros(50, 'i1'))):
+        for i in range(3): save_array(job.path/folder/f'{i:03d}.npy', a)
+    with pytest.raises(ValueError, match='telepathy'): train_student(job.path, 'lstm:telepathy')
+    with pytest.raises(SystemExit): student_process(str(job.path), 'lstm:telepathy', 'auto', 'False')
+    assert 'telepathy' in (job.path/'models'/'lstm_telepathy'/'error.txt').read_text().splitlines()[-1]
+    assert load_config(job.path/'config.json') == job.config
+
+
+def test_quick_is_smaller():
+    from foldbook.evaluate import quick
+    assert quick().max_frames < 10_000 and quick(seed=3).seed == 3 and len(quick().students) < len(Config().students)
