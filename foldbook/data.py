@@ -6,10 +6,12 @@ Docs: https://foldbook.github.io/foldbook/data.html.md"""
 
 # %% auto #0
 __all__ = ['File', 'DataSet', 'register', 'names', 'info', 'shipped_directory', 'table', 'checksum', 'check_file',
-           'pack_trajectory', 'unpack_trajectory', 'cache_directory', 'fetch', 'stream_frames', 'plot_distributions']
+           'pack_trajectory', 'unpack_trajectory', 'cache_directory', 'fetch', 'load_topology', 'atoms_in_file',
+           'DamagedFile', 'read_frames', 'stream_frames', 'plot_distributions']
 
-# %% ../nbs/11_data.ipynb #40e54bc0
-import gzip, hashlib, lzma, os, shutil, struct, tarfile, tempfile
+# %% ../nbs/11_data.ipynb #8b76decd
+import gzip, hashlib, lzma, os, re, shutil, struct, tarfile, tempfile, warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -376,31 +378,110 @@ def fetch(dataset: str|DataSet = 'villin_go', # a name of the register, or an en
     if d.kind == 'downloaded': return replace(d, directory=_fetch_downloaded(d, cache, progress))
     return replace(d, directory=_fetch_present(d, cache))
 
-# %% ../nbs/11_data.ipynb #17e252ce
+# %% ../nbs/11_data.ipynb #3bacc1df
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, TypeError, IndexError) # what mdtraj raises on damage
+
+def load_topology(topology: str|Path|md.Topology|md.Trajectory # a file that names the atoms, or what was read from one
+                  ) -> md.Topology:
+    "The atoms of a trajectory. Raises FileNotFoundError, or ValueError on a file without a topology."
+    if not isinstance(topology, (str, Path)): return getattr(topology, 'topology', topology)
+    if not Path(topology).exists(): raise FileNotFoundError(f'{topology}: no such topology file')
+    try: return md.load_topology(str(topology))
+    except _UNREADABLE as e: raise ValueError(f'{topology}: no topology can be read from it ({e}); give a PDB file or another that names the atoms') from e
+
+# %% ../nbs/11_data.ipynb #88e8a90b
+def atoms_in_file(path: str|Path,       # trajectory file
+                  topology: md.Topology # the atoms expected in it
+                  ) -> int:
+    "Number of atoms in the first frame. Raises FileNotFoundError, or ValueError on a file that has no readable frame."
+    if not Path(path).exists(): raise FileNotFoundError(f'{path}: no such trajectory file')
+    try: return next(md.iterload(str(path), top=topology, chunk=1)).n_atoms
+    except StopIteration: raise ValueError(f'{path}: frame 0: the file has no frames') from None
+    except _UNREADABLE as e:
+        if m := re.search(r'supplied\s*\(\d+, (\d+), 3\)', str(e)): return int(m[1])
+        raise ValueError(f'{path}: frame 0: cannot be read, the file is damaged, cut short or of a format that mdtraj does not know ({e})') from e
+
+# %% ../nbs/11_data.ipynb #e8bd3d70
+class DamagedFile(ValueError):
+    "A trajectory file is damaged or ends inside a frame; all whole frames before that have been handed out."
+
+def read_frames(path: str|Path,                # one trajectory file
+                topology: md.Topology,
+                chunk: int = 1000,             # frames at a time
+                atoms: np.ndarray|None = None): # indices; default all
+    "Yield the whole frames of a file in pieces (`mdtraj.Trajectory`). Raises ValueError on a wrong topology, at the end DamagedFile if the file does not end well."
+    path, n = Path(path), 0
+    if (found := atoms_in_file(path, topology)) != topology.n_atoms: raise ValueError(f'{path}: frame 0 has {found} atoms and does not fit the topology of {topology.n_atoms} atoms; give the structure file that belongs to this trajectory')
+    try:
+        for piece in md.iterload(str(path), top=topology, chunk=chunk, atom_indices=atoms):
+            yield piece
+            n += len(piece)
+        cause = _cut_short(path, n, topology.n_atoms)
+    except _UNREADABLE as e:
+        cause, skip = str(e), n if topology.n_atoms > 9 else 0 # mdtraj cannot skip in a cut xtc file of so few atoms
+        with suppress(*_UNREADABLE): # whole frames between the last piece and the damage
+            for k, piece in enumerate(md.iterload(str(path), top=topology, chunk=1, skip=skip, atom_indices=atoms), skip):
+                if k < n: continue
+                yield piece
+                n += 1
+    if cause: raise DamagedFile(f'{path}: frame {n}: the file is cut short or damaged after {n} whole frames ({cause}); copy it again')
+
+# %% ../nbs/11_data.ipynb #0f42e8e7
+def _cut_short(path, n, atoms): # why a file that seemed to end well did not, or ''
+    size = path.stat().st_size
+    with path.open('rb') as f:
+        head = f.read(8)
+        f.seek(max(0, size - 200*atoms - 2000)) # room for two frames
+        tail = f.read()
+    if head[4:] == b'CORD': return _dcd_short(path, n, size, atoms)
+    magic = struct.unpack('>i', head[:4])[0]
+    rest = _xtc_rest(tail, magic, atoms) if magic in (1995, 2023) else _trr_rest(tail, atoms) if magic == 1993 else 0
+    return '' if rest == 0 else f'{rest} bytes of an unfinished frame at its end' if rest > 0 else f'its last frame lacks {-rest} bytes'
+
+# %% ../nbs/11_data.ipynb #833ab261
+def _xtc_rest(tail, magic, atoms): # bytes after the last frame that has a header, or missing in it
+    start = tail.rfind(struct.pack('>ii', magic, atoms))
+    frame, wide, small = tail[start:], 4*(magic == 2023), atoms <= 9
+    if start < 0 or len(frame) < (56 if small else 92 + wide): return max(len(frame), 1)
+    return len(frame) - (56 + 12*atoms if small else 92 + wide + (int.from_bytes(frame[88:92 + wide], 'big') + 3)//4*4)
+
+# %% ../nbs/11_data.ipynb #f1b62283
+def _trr_rest(tail, atoms):
+    start = tail.rfind(b'GMX_trn_file') - 12
+    frame = tail[start:]
+    if start < 0 or len(frame) < 76: return max(len(frame), 1)
+    *parts, _, _, _ = struct.unpack('>13i', frame[24:76])
+    return len(frame) - (76 + 2*(parts[2]//9 or max(parts[7:10])//(3*atoms)) + sum(parts))
+
+# %% ../nbs/11_data.ipynb #cd517d32
+def _dcd_short(path, n, size, atoms):
+    with path.open('rb') as f: head = f.read(100)
+    order = '<' if head[0] == 84 else '>' # the first record has 84 bytes
+    number = lambda at: struct.unpack(order + 'i', head[at:at + 4])[0]
+    charmm, fixed = number(84), number(40)
+    box, fourth = charmm and number(48), charmm and number(52) # other writers keep the time step there
+    rest = (size - 112 - number(92)) % (12*atoms + 24 + 56*bool(box) + (4*atoms + 8)*(fourth == 1))
+    if rest and not fixed: return f'{rest} bytes of an unfinished frame at its end'
+    if number(8) > n: warnings.warn(f'{path}: the header promises {number(8)} frames, the file has {n}, all whole; make sure that none is missing', stacklevel=2)
+    return ''
+
+# %% ../nbs/11_data.ipynb #83aca6ba
 def stream_frames(files: list,           # trajectory files; one path is a list of one
-                  topology: str|Path|md.Topology, # file or mdtraj topology
+                  topology: str|Path|md.Topology|md.Trajectory, # as for `load_topology`
                   chunk: int = 1000,     # frames at a time
                   atoms: np.ndarray|None = None, # indices; default all
                   progress: bool = False):
     "Yield (number of the trajectory, `mdtraj.Trajectory` of at most `chunk` frames). Raises ValueError on a damaged file, naming file and frame."
     files = [files] if isinstance(files, (str, Path)) else list(files)
-    top = topology if isinstance(topology, md.Topology) else md.load_topology(str(topology))
+    top = load_topology(topology)
     with tqdm(unit='frame', disable=not progress) as bar:
-        for k, path in enumerate(map(Path, files)):
-            if not path.exists(): raise FileNotFoundError(f'{path}: no such trajectory file')
+        for k, path in enumerate(files):
             n = 0
-            for piece in _pieces(path, top, chunk, atoms):
+            for piece in read_frames(path, top, chunk, atoms):
                 _check_numbers(path, n, piece)
                 n += len(piece)
                 bar.update(len(piece))
                 yield k, piece
-            _check_length(path, n)
-
-# %% ../nbs/11_data.ipynb #a60c8843
-def _pieces(path, top, chunk, atoms): # mdtraj's own errors do not name the file
-    try: yield from md.iterload(str(path), top=top, chunk=chunk, atom_indices=atoms)
-    except (RuntimeError, OSError, EOFError) as e: raise ValueError(f'{path}: cannot be read to its end, the file is cut short or damaged ({e})') from e
-    except ValueError as e: raise ValueError(f'{path}: does not fit the topology of {top.n_atoms} atoms ({e})') from e
 
 # %% ../nbs/11_data.ipynb #ecffb0f9
 def _check_numbers(path, first, piece):
@@ -408,13 +489,6 @@ def _check_numbers(path, first, piece):
     if bad.any():
         frame, atom = np.argwhere(bad)[0]
         raise ValueError(f'{path}: frame {first + frame}, atom {piece.topology.atom(int(atom))}: position is not a number')
-
-# %% ../nbs/11_data.ipynb #71aa8ff4
-def _check_length(path, n):
-    if n == 0: raise ValueError(f'{path}: no frames')
-    if path.suffix == '.dcd':
-        claimed = struct.unpack('<i', path.open('rb').read(12)[8:])[0]
-        if claimed > n: raise ValueError(f'{path}: the header promises {claimed} frames, the file ends after {n}; it is cut short')
 
 # %% ../nbs/11_data.ipynb #6e301451
 def plot_distributions(series: list, # one array a trajectory

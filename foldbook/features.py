@@ -12,10 +12,9 @@ __all__ = ['FEATURIZERS', 'DEFAULT', 'Features', 'ca_atoms', 'protein_atoms', 'l
            'model_contacts', 'named', 'default', 'fitting_topology', 'stream', 'plot_series', 'plot_contact_order',
            'plot_plane']
 
-# %% ../nbs/13_features.ipynb #8b4961ad
-import json, re, struct, warnings
+# %% ../nbs/13_features.ipynb #d756a18b
+import json, re, warnings
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,8 @@ import numpy as np
 from scipy.spatial import cKDTree
 from scipy.special import expit
 from tqdm.auto import tqdm
+
+from .data import DamagedFile, atoms_in_file, load_topology, read_frames
 
 # %% ../nbs/13_features.ipynb #be003cfd
 @dataclass(frozen=True)
@@ -557,82 +558,18 @@ def default(
     "What `foldbook run` computes: Q, RMSD, Rg, the end-to-end distance, and every native contact as soft contact and as distance."
     return named('default', native, pairs)
 
-# %% ../nbs/13_features.ipynb #79ddf16a
-_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, TypeError, IndexError)
-
-def _atoms_in_file(path, topology): # mdtraj tells only when it is wrong
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such trajectory file')
-    try: return next(md.iterload(str(path), top=topology, chunk=1)).n_atoms
-    except StopIteration: raise ValueError(f'{path}: frame 0: the file has no frames') from None
-    except _UNREADABLE as e:
-        if m := re.search(r'supplied\s*\(\d+, (\d+), 3\)', str(e)): return int(m[1])
-        raise ValueError(f'{path}: frame 0: cannot be read, the file is damaged, cut short or of a format that mdtraj does not know ({e})') from e
-
-# %% ../nbs/13_features.ipynb #837dd52e
+# %% ../nbs/13_features.ipynb #5c0fd67a
 def fitting_topology(
     path: str | Path,      # trajectory file
     topology: md.Topology,
 ) -> md.Topology:
     "The topology, or its protein alone (with a warning), whichever has as many atoms as the file; raises `ValueError` when neither has."
-    n, protein = _atoms_in_file(Path(path), topology), protein_atoms(topology)
+    n, protein = atoms_in_file(path, topology), protein_atoms(topology)
     if n == topology.n_atoms: return topology
     if n == len(protein):
         warnings.warn(f'{path}: has {n} atoms, as many as the protein alone has in the topology of {topology.n_atoms}: water, ions and ligands of the topology are ignored', stacklevel=2)
         return topology.subset(protein)
     raise ValueError(f'{path}: frame 0 has {n} atoms, the topology {topology.n_atoms} (its protein {len(protein)}; the last atom is {_labels(topology, [-1])[0]}): give the structure file that belongs to this trajectory')
-
-# %% ../nbs/13_features.ipynb #ba34bbd5
-def _pieces(path, topology, chunk, atoms): # frames of one file, then an error if it does not end well
-    n = 0
-    try:
-        for piece in md.iterload(str(path), top=topology, chunk=chunk, atom_indices=atoms):
-            yield piece
-            n += len(piece)
-        cause = _cut_short(path, n, topology.n_atoms)
-    except _UNREADABLE as e:
-        cause = str(e)
-        with suppress(*_UNREADABLE): # whole frames between the last chunk and the damage
-            for piece in md.iterload(str(path), top=topology, chunk=1, skip=n, atom_indices=atoms):
-                yield piece
-                n += 1
-    if cause: raise EOFError(f'{path}: frame {n}: the file is cut short or damaged after {n} whole frames ({cause}); copy it again, or pass damaged="skip" to use these')
-
-# %% ../nbs/13_features.ipynb #0f42e8e7
-def _cut_short(path, n, atoms): # why a file that seemed to end well did not, or ''
-    size = path.stat().st_size
-    with path.open('rb') as f:
-        head = f.read(8)
-        f.seek(max(0, size - 200*atoms - 2000)) # room for two frames
-        tail = f.read()
-    if head[4:] == b'CORD': return _dcd_short(path, n, size, atoms)
-    magic = struct.unpack('>i', head[:4])[0]
-    rest = _xtc_rest(tail, magic, atoms) if magic in (1995, 2023) else _trr_rest(tail, atoms) if magic == 1993 else 0
-    return '' if rest == 0 else f'{rest} bytes of an unfinished frame at its end' if rest > 0 else f'its last frame lacks {-rest} bytes'
-
-# %% ../nbs/13_features.ipynb #41f87819
-def _xtc_rest(tail, magic, atoms): # bytes after the last frame that has a header, or missing in it
-    start = tail.rfind(struct.pack('>ii', magic, atoms))
-    frame, wide = tail[start:], 4*(magic == 2023)
-    if start < 0 or len(frame) < 92 + wide: return max(len(frame), 1)
-    return len(frame) - (56 + 12*atoms if atoms <= 9 else 92 + wide + (int.from_bytes(frame[88:92 + wide], 'big') + 3)//4*4)
-
-# %% ../nbs/13_features.ipynb #f1b62283
-def _trr_rest(tail, atoms):
-    start = tail.rfind(b'GMX_trn_file') - 12
-    frame = tail[start:]
-    if start < 0 or len(frame) < 76: return max(len(frame), 1)
-    *parts, _, _, _ = struct.unpack('>13i', frame[24:76])
-    return len(frame) - (76 + 2*(parts[2]//9 or max(parts[7:10])//(3*atoms)) + sum(parts))
-
-# %% ../nbs/13_features.ipynb #90fa2319
-def _dcd_short(path, n, size, atoms): # part of a frame at the end is damage; fewer frames than promised may be a stopped run or an excerpt
-    with path.open('rb') as f:
-        head = f.read(100)
-        title = struct.unpack('<i', head[92:96])[0]
-    claimed, box = struct.unpack('<i', head[8:12])[0], any(head[48:52])
-    if rest := (size - 112 - title) % (12*atoms + 24 + 56*box): return f'{rest} bytes of an unfinished frame at its end'
-    if claimed > n: warnings.warn(f'{path}: the header promises {claimed} frames, the file has {n}, all whole; make sure that none is missing', stacklevel=2)
-    return ''
 
 # %% ../nbs/13_features.ipynb #9e426819
 def _neighbours(topology): # (n, 2) atoms that must be close: C-alphas in sequence, or the bonds of a molecule too small for that
@@ -675,7 +612,7 @@ def _whole(path, t, neighbours): # molecules put together across the box, chains
     molecules = t.topology.find_molecules()
     return t.image_molecules(anchor_molecules=molecules, other_molecules=[]) if len(molecules) > 1 else t.make_molecules_whole()
 
-# %% ../nbs/13_features.ipynb #db27eae1
+# %% ../nbs/13_features.ipynb #e14be67c
 def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, progress): # one file: (T, F), frames left out
     path = Path(path)
     topology = fitting_topology(path, topology)
@@ -685,7 +622,7 @@ def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, pro
     out, n, skipped = [], 0, 0
     with tqdm(desc=path.name, unit='frame', disable=not progress) as bar:
         try:
-            for t in _pieces(path, topology, chunk, None if protein is topology else atoms):
+            for t in read_frames(path, topology, chunk, None if protein is topology else atoms):
                 if periodic: t = _whole(path, t, neighbours)
                 good = _check(path, n, t, neighbours, damaged)
                 wanted = good & ((n + np.arange(len(t))) % stride == 0)
@@ -693,8 +630,8 @@ def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, pro
                 if len(t): out.append(_numbers(path, n + np.flatnonzero(wanted), rows(t), featurizer.features))
                 n, skipped = n + len(good), skipped + int((~good).sum())
                 bar.update(len(good))
-        except EOFError as e:
-            if damaged != 'skip' or not out: raise ValueError(str(e)) from e
+        except DamagedFile as e:
+            if damaged != 'skip' or not out: raise DamagedFile(f'{e}, or pass damaged="skip" to use these') from e
             warnings.warn(str(e), stacklevel=2)
     if not out: raise ValueError(f'{path}: frame 0: no whole frame is left')
     return np.concatenate(out), skipped
@@ -705,7 +642,7 @@ def _numbers(path, frame, x, features): # features of whole frames are numbers
     k, j = np.argwhere(~np.isfinite(x))[0]
     raise ValueError(f'{path}: frame {frame[k]}: {features.names[j]} is not a number; atoms {", ".join(features.atoms[j][:4])} may lie on one another')
 
-# %% ../nbs/13_features.ipynb #09d0e18a
+# %% ../nbs/13_features.ipynb #b457f046
 def stream(
     files: list, # trajectory files; each becomes one array
     topology: str | Path | md.Topology | md.Trajectory, # atoms of the trajectory files
@@ -722,15 +659,9 @@ def stream(
     if stride < 1 or chunk < 1: raise ValueError(f'stride {stride} and chunk {chunk} must be at least 1')
     files = [files] if isinstance(files, (str, Path)) else list(files)
     if not files: raise ValueError('no trajectory file was given')
-    task = partial(_featurize, topology=_load_topology(topology), featurizer=featurizer, chunk=chunk, stride=stride, periodic=periodic, damaged=damaged, progress=progress and client is None)
+    task = partial(_featurize, topology=load_topology(topology), featurizer=featurizer, chunk=chunk, stride=stride, periodic=periodic, damaged=damaged, progress=progress and client is None)
     arrays, skipped = zip(*(client.gather(client.map(task, files, pure=False)) if client else map(task, files)))
     return list(arrays), replace(featurizer.features, skipped=skipped)
-
-def _load_topology(topology): # of a file, a trajectory or itself
-    if not isinstance(topology, (str, Path)): return getattr(topology, 'topology', topology)
-    if not Path(topology).exists(): raise FileNotFoundError(f'{topology}: no such topology file')
-    try: return md.load_topology(str(topology))
-    except _UNREADABLE as e: raise ValueError(f'{topology}: no topology can be read from it ({e}); give a PDB file or another that names the atoms') from e
 
 # %% ../nbs/13_features.ipynb #f2ea4e72
 def plot_series(

@@ -6,7 +6,7 @@ from pathlib import Path
 import mdtraj as md
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import foldbook.data as fd
 from foldbook.data import DataSet, File
@@ -203,6 +203,94 @@ def test_truncated_file_is_named(tmp_path, suffix):
     t.save(str(path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f'cut.{suffix}.*cut short'): list(fd.stream_frames(path, t.topology, chunk=8))
+
+
+@pytest.mark.parametrize('suffix', ['xtc', 'trr', 'dcd', 'nc'])
+@given(st.floats(0.02, 0.98), st.sampled_from([2, 9, 10, 33]))
+@settings(deadline=None, max_examples=12)
+def test_cut_anywhere_is_named_after_its_whole_frames(tmp_path_factory, suffix, part, n_beads):
+    folder, t = tmp_path_factory.mktemp('cut'), trajectory(30, n_beads)
+    whole, cut = folder/f'whole.{suffix}', folder/f'cut.{suffix}'
+    t[:29].save(str(whole))
+    frame = -whole.stat().st_size
+    t.save(str(whole))
+    data = whole.read_bytes()
+    frame += len(data)
+    assert sum(map(len, fd.read_frames(whole, t.topology, chunk=8))) == 30
+    size = int(part*len(data))
+    ends = len(data) - frame*np.arange(29, -1, -1)
+    if suffix == 'xtc':
+        with md.open(str(whole)) as f: ends = np.append(f.offsets[1:], len(data)) # each of another length
+    if suffix != 'nc': assume(size not in ends) # whole frames only are no damage
+    cut.write_bytes(data[:size])
+    x = []
+    with pytest.raises(ValueError, match=f'cut.{suffix}: frame [0-9]+.*(cut short|damaged)') as e:
+        for piece in fd.read_frames(cut, t.topology, chunk=8): x.append(piece.xyz)
+    n = int(str(e.value).split('frame ')[1].split(':')[0].split()[0])
+    assert n == sum(map(len, x)) == (0 if suffix == 'nc' else (ends <= size).sum()) # netCDF cannot be opened at all
+    if n: np.testing.assert_allclose(np.concatenate(x), t.xyz[:n], atol=6e-4)
+    with pytest.raises(ValueError, match=f'cut.{suffix}: frame {n}'): list(fd.stream_frames(cut, t.topology, chunk=8))
+
+
+def test_cut_inside_the_next_header(tmp_path):
+    "Where mdtraj sees a file that ends well."
+    t, path = trajectory(5, 12), tmp_path/'header.xtc'
+    t.save_xtc(str(path))
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:2])
+    assert len(md.load(str(path), top=t.topology)) == 5
+    with pytest.raises(fd.DamagedFile, match='header.xtc: frame 5: .*2 bytes of an unfinished frame'): list(fd.stream_frames(path, t.topology))
+
+
+def swapped(data):
+    "A dcd file without box as a machine of the other byte order writes it; 4-byte words except the text."
+    n = 4 + 80*int.from_bytes(data[96:100], 'little')
+    turn = lambda b: np.frombuffer(b, '<u4').astype('>u4').tobytes()
+    return turn(data[:4]) + data[4:8] + turn(data[8:100]) + data[100:96 + n] + turn(data[96 + n:])
+
+
+@pytest.mark.parametrize('kind', ['charmm', 'other byte order', 'x-plor'])
+def test_kinds_of_dcd(tmp_path, kind):
+    t, path = trajectory(20, 12), tmp_path/'kind.dcd'
+    t.save_dcd(str(path))
+    data = bytearray(path.read_bytes())
+    if kind == 'x-plor': data[84:88], data[44:52] = bytes(4), np.float64(0.02).tobytes()
+    if kind == 'other byte order': data = swapped(bytes(data))
+    path.write_bytes(data)
+    got = np.concatenate([c.xyz for _, c in fd.stream_frames(path, t.topology, chunk=7)])
+    np.testing.assert_allclose(got, t.xyz, atol=1e-5)
+    path.write_bytes(data[:-30])
+    with pytest.raises(fd.DamagedFile, match='kind.dcd: frame 19'): list(fd.stream_frames(path, t.topology, chunk=7))
+
+
+def test_excerpt_of_a_dcd_is_no_damage(tmp_path):
+    t, path = trajectory(30, 12), tmp_path/'excerpt.dcd'
+    t.save_dcd(str(path))
+    data = bytearray(path.read_bytes())
+    data[8:12] = (1000).to_bytes(4, 'little')
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match='promises 1000 frames, the file has 30'): assert sum(len(c) for _, c in fd.stream_frames(path, t.topology)) == 30
+
+
+@pytest.mark.parametrize('suffix', ['pdb', 'nc', 'trr', 'xtc', 'dcd'])
+def test_every_format_with_a_box(tmp_path, suffix):
+    t, path = trajectory(6, 12), tmp_path/f'box.{suffix}'
+    t.unitcell_lengths, t.unitcell_angles = np.full((6, 3), 4.), np.full((6, 3), 90.)
+    t.save(str(path))
+    assert [len(c) for c in fd.read_frames(path, t.topology, chunk=4)] == [4, 2]
+    assert fd.atoms_in_file(path, t.topology) == 12
+    with pytest.raises(ValueError, match=f'box.{suffix}'): list(fd.read_frames(path, topology(11), atoms=np.arange(3)))
+
+
+def test_topology_and_empty_files(tmp_path):
+    t = trajectory(3, 12)
+    t[0].save_pdb(str(tmp_path/'top.pdb'))
+    for top in (tmp_path/'top.pdb', str(tmp_path/'top.pdb'), t, t.topology): assert fd.load_topology(top).n_atoms == 12
+    with pytest.raises(FileNotFoundError, match='none.pdb'): fd.load_topology(tmp_path/'none.pdb')
+    (tmp_path/'empty.xtc').write_bytes(b'')
+    (tmp_path/'text.dcd').write_text('not a trajectory')
+    with pytest.raises(ValueError, match='text.dcd: no topology can be read'): fd.load_topology(tmp_path/'text.dcd')
+    for name in ('empty.xtc', 'text.dcd'):
+        with pytest.raises(ValueError, match=f'{name}: frame 0'): list(fd.stream_frames(tmp_path/name, t))
 
 
 def test_bad_numbers_and_wrong_topology_are_named(tmp_path):
