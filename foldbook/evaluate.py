@@ -918,7 +918,7 @@ def _draw_judgement(run, draw, rows, found, board):
     draw('calibration', 'Of the interior frames to which a coordinate gives this probability, the fraction that folds first. On the diagonal: calibrated.',
          figure_calibration([found[n] for n in names]))
 
-# %% ../nbs/60_evaluation.ipynb #d8cdf6dd
+# %% ../nbs/60_evaluation.ipynb #ab1a7ef8
 def _draw_best(run, inputs, draw, notes, best, found, rows):
     draw('free_energy', f'Free energy along {best.name}, and along its natural coordinate, on which the diffusion coefficient is constant.', figure_free_energy(best.r, best.name))
     s = _load_split(run)
@@ -926,9 +926,9 @@ def _draw_best(run, inputs, draw, notes, best, found, rows):
          figure_series(best.r, best.states, inputs.spacing_ps, names=[f'trajectory {s.blocks[b][0]}' for b in s.test]))
     histories = {n['name']: n['history'] for n in notes.values() if n.get('history')}
     if histories: draw('learning', 'Learning curves of the students; early stopping keeps the epoch that is best on the validation part.', figure_learning(histories))
-    shot = [c for c in found.values() if c.shots is not None and c.name in _shown(rows, best.name)]
+    shot = [found[n] for n in _shown(rows, best.name) if found[n].shots is not None]
     if shot: draw('shooting', 'Coordinate against the fraction of shots that folded first, from the same frames by fresh simulations. The RMSE is corrected for the noise of the shots.',
-                  figure_shooting(sorted(shot, key=lambda c: c is not best)[:4]))
+                  figure_shooting(shot[:4]))
 
 # %% ../nbs/60_evaluation.ipynb #bd631fa8
 _CSS = '''body{font:16px/1.55 system-ui,sans-serif;color:#1d2433;background:#fff;max-width:1140px;margin:0 auto;padding:24px 28px 64px}
@@ -1010,7 +1010,7 @@ def write_report(run, inputs, notes, captions):
         sections=[s for s in sections if s[1]], tables=tables)
     return replacing(run.path/'report.html', lambda p: p.write_text(html))
 
-# %% ../nbs/60_evaluation.ipynb #0ac90497
+# %% ../nbs/60_evaluation.ipynb #00370f7b
 def run(config: Config, # what to run
         out='runs/default', # directory
         overwrite: bool=False, # remove what is there
@@ -1020,6 +1020,8 @@ def run(config: Config, # what to run
        ) -> pd.DataFrame: # the leaderboard
     "Features, states, maps, teacher, students, judgement, figures, report; goes on where an earlier run of the same configuration stopped."
     inputs = find_inputs(config)
+    for s in config.students:
+        if s.count(':') != 1: raise ValueError(f'student {s!r}: write it as architecture:loss, such as lstm:martingale')
     job = Run(config, out, overwrite, say)
     try:
         _check_same_files(job, inputs)

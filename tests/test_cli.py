@@ -229,28 +229,29 @@ def test_own_trajectories_and_states_from_the_rmsd(protein):
     assert len(board(protein/'runs'/'own')['rows']) == 11
 
 
-def test_bad_input_of_run(protein, unbroken):
-    run = lambda *a: foldbook('run', '--quick', '--out', 'runs/bad', *a, cwd=protein)
+def test_bad_input_of_run(protein, unbroken, inside):
+    run = lambda *a: inside('run', '--quick', '--out', 'runs/bad', *a, cwd=protein)
     one_line_error(run('--traj', 'no.xtc', '--top', 'hp/native.pdb'), 'no.xtc', 'no such file')
     one_line_error(run('--traj', 'hp/hairpin-0.xtc', '--top', 'no.pdb'), 'no.pdb')
     one_line_error(run('--traj', 'hp/hairpin-0.xtc'), '--top')
-    one_line_error(foldbook('run', '--data', 'hp', '--quick', *SMALL, '--seed', 1, '--out', 'runs/whole', cwd=protein), 'seed: 0 before, 1 now', '--overwrite')
+    one_line_error(inside('run', '--data', 'hp', '--quick', *SMALL, '--seed', 1, '--out', 'runs/whole', cwd=protein), 'seed: 0 before, 1 now', '--overwrite')
     for states in (['--folded', 'RMSD < 0.001'], ['--folded', 'Q > 2'], ['--folded', 'Nonsense > 2'], ['--folded', 'Q >'], ['--folded', 'Q > 0.1']):
         one_line_error(run('--data', 'hp', *states), states[1])
     one_line_error(run('--data', 'hp', '--students', 'oracle:martingale'), 'oracle')
+    one_line_error(run('--data', 'hp', '--students', 'oracle'), 'oracle', 'architecture:loss')
     (protein/'papers').mkdir()
     (protein/'papers'/'thesis.txt').write_text('mine')
-    one_line_error(foldbook('run', '--data', 'hp', '--out', 'papers', '--overwrite', cwd=protein), 'not a foldbook run')
+    one_line_error(inside('run', '--data', 'hp', '--out', 'papers', '--overwrite', cwd=protein), 'not a foldbook run')
 
 
-def test_features(protein):
-    done = foldbook('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--out', 'feat', cwd=protein)
+def test_features(protein, inside):
+    done = inside('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--out', 'feat', cwd=protein)
     assert done.returncode == 0, done.stderr
     names = json.loads((protein/'feat'/'features.json').read_text())['names']
     assert {'Q', 'RMSD', 'Rg'} <= set(names) and np.load(protein/'feat'/'000.npy').shape == (600, len(names))
-    listed = foldbook('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + pseudo_dihedrals', cwd=protein).stdout
+    listed = inside('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + pseudo_dihedrals', cwd=protein).stdout
     assert 'cos theta' in listed
-    one_line_error(foldbook('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + phase', cwd=protein), 'phase', 'pseudo_dihedrals')
+    one_line_error(inside('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + phase', cwd=protein), 'phase', 'pseudo_dihedrals')
 
 
 def kill_after(line, cwd, mark, delay):
