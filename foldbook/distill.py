@@ -6,8 +6,8 @@ Docs: https://foldbook.github.io/foldbook/distillation.html.md"""
 
 # %% auto #0
 __all__ = ['LOSSES', 'ARCHITECTURES', 'stopped', 'lambda_return', 'targets', 'loss_value', 'Windows', 'directions', 'Memoryless',
-           'Recurrent', 'Attentive', 'CommittorNetwork', 'predict', 'selection_score', 'Distillation', 'dirichlet',
-           'StudentOptions', 'Student', 'report', 'plot_training']
+           'Recurrent', 'Attentive', 'CommittorNetwork', 'predict', 'selection_score', 'lambda_at', 'Distillation',
+           'dirichlet', 'StudentOptions', 'Student', 'report', 'plot_training']
 
 # %% ../nbs/42_distillation.ipynb #7af618d5
 import contextlib, hashlib, json, logging, os, time, warnings
@@ -88,7 +88,7 @@ def loss_value(
     if loss == 'teacher_mse': return functional.mse_loss(torch.sigmoid(z), y)
     return functional.binary_cross_entropy_with_logits(z, y)
 
-# %% ../nbs/42_distillation.ipynb #4924cd1f
+# %% ../nbs/42_distillation.ipynb #611b6d59
 class Windows:
     "All frames of an ensemble, standardised, and for each the window of frames that ends on it."
     def __init__(self,
@@ -96,9 +96,11 @@ class Windows:
         mean: np.ndarray, # (F,) subtracted
         mix: np.ndarray, # (F, C) what the network reads: C combinations of F features
         window: int, # frames in a window
+        pace: np.ndarray | None = None, # (C,) to add the change since the frame before, divided by this
     ):
-        self.lengths = [len(x) for x in features]
-        x = np.concatenate([(x - mean) @ mix for x in features]).astype(np.float32)
+        self.lengths, x = [len(x) for x in features], [(x - mean) @ mix for x in features]
+        if pace is not None: x = [np.hstack([a, np.diff(a, axis=0, prepend=a[:1]) / pace]) for a in x]
+        x = np.concatenate(x).astype(np.float32)
         first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
         self.frames, self.first = torch.from_numpy(x), torch.from_numpy(first)
         self.back = torch.arange(1 - window, 1)
@@ -199,7 +201,15 @@ def selection_score(
     "What early stopping minimises: the log-loss, and a fine for $Z_q$."
     return log_loss + price * max(0., np.nan_to_num(t_max) - limit)
 
-# %% ../nbs/42_distillation.ipynb #f4a34b1e
+# %% ../nbs/42_distillation.ipynb #a449e073
+def lambda_at(
+    epoch: int, # from 0
+    options, # with `lam` and `max_epochs`
+) -> float:
+    "From 1 (outcomes) down to `lam` over the first half of training."
+    return options.lam + (1 - options.lam) * max(0., 1 - 2 * epoch / options.max_epochs)
+
+# %% ../nbs/42_distillation.ipynb #51d1f2e5
 class Distillation(pl.LightningModule):
     "One network in training: batches, losses, running average and log book."
     def __init__(self, options, network, windows, states, teacher=None, validation=None, fingerprint='', advance=None):
@@ -214,7 +224,7 @@ class Distillation(pl.LightningModule):
     def targets(self, loss):
         "Targets of all training frames under the present weights, which are then held for an epoch."
         r = predict(self.network, self.windows) if loss == 'martingale' else None
-        return targets(loss, self.states, r, self.teacher, self.options.lam)
+        return targets(loss, self.states, r, self.teacher, lambda_at(self.current_epoch, self.options))
 
     def train_dataloader(self): return torch.utils.data.DataLoader(range(self.n_batches), batch_size=None)
 
@@ -328,7 +338,7 @@ def _replace(path, write):
     write(temporary)
     os.replace(temporary, path)
 
-# %% ../nbs/42_distillation.ipynb #76eac721
+# %% ../nbs/42_distillation.ipynb #986e23c3
 @dataclass
 class StudentOptions:
     "What a student is and how it is trained; every field is an argument of `Student`."
@@ -337,8 +347,9 @@ class StudentOptions:
     window: int = 4 # frames seen, the present one included; 1 for 'mlp'
     keep: int = 4 # leading features that are read as they are
     components: int | None = 4 # combinations of all features that are read besides (`directions`); None: read all features
+    differences: bool = False # read also the change since the frame before
     hidden: int = 16 # width of the layers
-    lam: float = 0.5 # of the martingale targets: 0 next frame, 1 next boundary
+    lam: float = 0.5 # of the martingale targets, at the end: 0 next frame, 1 next boundary
     martingale_weight: float = 0. # of the martingale loss when added to another
     functional_weight: float = 0. # of the one-step variational functional; memoryless students only
     dropout: float = 0.
@@ -359,14 +370,14 @@ class StudentOptions:
         for name, allowed in (('architecture', ARCHITECTURES), ('loss', LOSSES)):
             if getattr(self, name) not in allowed: raise ValueError(f'{name}={getattr(self, name)!r} is not known; choose one of {", ".join(allowed)}')
         if self.architecture == 'mlp': self.window = 1
-        if self.functional_weight and self.window > 1:
+        if self.functional_weight and (self.window > 1 or self.differences):
             raise ValueError('functional_weight is for memoryless students: with a window the functional falls below its bound by smoothing; use loss="martingale"')
         for name in ('window', 'members', 'max_epochs', 'batch_size', 'hidden'):
             if (value := getattr(self, name)) < 1: raise ValueError(f'{name}={value}; it must be at least 1')
         if self.keep + (self.components or 0) < 1 and self.components is not None: raise ValueError('keep=0 and components=0 leave a student nothing to read')
         self.networks, self.history, self.seconds, self.error_budget = [], [], 0., None
 
-# %% ../nbs/42_distillation.ipynb #7d8c58b3
+# %% ../nbs/42_distillation.ipynb #61a1e082
 _HARDWARE = ('accelerator', 'devices', 'threads') # do not change what is learned
 
 def _validated(student, features, states, teacher, validation):
@@ -383,6 +394,11 @@ def _validated(student, features, states, teacher, validation):
     shapes = {x.shape[1:] for x in X + (validation[0] if validation else [])}
     if len(shapes) > 1 or any(len(s) != 1 for s in shapes): raise ValueError(f'features must be (T, F) with the same F in every trajectory; found {sorted(shapes)}')
     return X, S, teacher, validation
+
+def _pace(X, mix):
+    "Typical change from frame to frame of what the network reads."
+    pace = np.std(np.concatenate([np.diff(x @ mix, axis=0) for x in X]), axis=0)
+    return np.where(pace > 1e-6, pace, 1)
 
 def _restored(build, weights):
     "A network with given weights, built without touching the global random state."
@@ -417,7 +433,7 @@ def _resumable(checkpoint, digest):
         raise ValueError(f'{checkpoint} belongs to another student or other data; choose another directory or delete that file')
     return book
 
-# %% ../nbs/42_distillation.ipynb #90c1403c
+# %% ../nbs/42_distillation.ipynb #c252f86b
 class _Stored:
     "Saving and loading of a student."
     def save(self,
@@ -427,7 +443,7 @@ class _Stored:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f'{m}.{k}': v.contiguous() for m, n in enumerate(self.networks) for k, v in n.state_dict().items()}
-        tensors |= {'mean': torch.from_numpy(self.mean), 'mix': torch.from_numpy(self.mix)}
+        tensors |= {k: torch.from_numpy(v) for k in ('mean', 'mix', 'pace') if (v := getattr(self, k)) is not None}
         card = dict(options=asdict(self), seconds=self.seconds, history=self.history, error_budget=self.error_budget)
         _replace(directory / 'student.safetensors', lambda p: save_file(tensors, str(p)))
         _replace(directory / 'student.json', lambda p: p.write_text(json.dumps(card, indent=1)))
@@ -442,19 +458,19 @@ class _Stored:
             if not (directory / name).exists(): raise FileNotFoundError(f'{directory} has no {name}; give the directory that Student.save wrote')
         card, tensors = json.loads((directory / 'student.json').read_text()), load_file(str(directory / 'student.safetensors'))
         self = cls(**card['options'])
-        self.mean, self.mix = (tensors.pop(k).numpy() for k in ('mean', 'mix'))
+        self.mean, self.mix, self.pace = (tensors.pop(k).numpy() if k in tensors else None for k in ('mean', 'mix', 'pace'))
         self.seconds, self.history, self.error_budget = (card[k] for k in ('seconds', 'history', 'error_budget'))
         weights = [{k.split('.', 1)[1]: v for k, v in tensors.items() if k.startswith(f'{m}.')} for m in range(self.members)]
         self.networks = [_restored(self._network, w) for w in weights]
         return self
 
-# %% ../nbs/42_distillation.ipynb #a6c89e93
+# %% ../nbs/42_distillation.ipynb #f1aa1abd
 class Student(StudentOptions, _Stored):
     "A network, or the mean of several, that maps a causal window of features to the committor."
     @property
     def n_parameters(self): return sum(p.numel() for n in self.networks for p in n.parameters())
-    def _network(self): return CommittorNetwork(self.architecture, self.mix.shape[1], self.hidden, self.dropout, self.window)
-    def _windows(self, features): return Windows(features, self.mean, self.mix, self.window)
+    def _network(self): return CommittorNetwork(self.architecture, self.mix.shape[1] * (1 + self.differences), self.hidden, self.dropout, self.window)
+    def _windows(self, features): return Windows(features, self.mean, self.mix, self.window, self.pace)
 
     def fit(self,
         features, # float32 (T, F) per trajectory
@@ -468,6 +484,7 @@ class Student(StudentOptions, _Stored):
         X, S, teacher, validation = _validated(self, features, states, teacher, validation)
         digest = _digest({k: v for k, v in asdict(self).items() if k not in _HARDWARE}, X, S, teacher, *(validation or ()))
         self.mean, self.mix = directions(X, S, self.components, self.keep)
+        self.pace = _pace(X, self.mix) if self.differences else None
         held_out = validation and (self._windows(validation[0]), validation[1])
         with _quiet(self.threads), tqdm(total=self.members * self.max_epochs, disable=not progress, desc=f'{self.architecture}, {self.loss}') as bar:
             books = [_train(self, m, self._windows(X), S, teacher, held_out, directory, digest, bar) for m in range(self.members)]
