@@ -316,6 +316,7 @@ class Config:
     seed: int=0 # of every random number
     students: tuple=tuple(f'{a}:{l}' for l in ('teacher_mse', 'martingale', 'teacher_cross_entropy', 'outcome') for a in ('lstm', 'transformer')) # architecture:loss
     student_options: dict=field(default_factory=dict) # for `Student`
+    teacher_features: tuple=('Q', 'RMSD', 'Rg') # columns the teacher reads; a name that is missing is passed over, none at all means every column
     teacher_options: dict=field(default_factory=dict) # for `NonparametricCommittor`
     max_frames: int=0 # of each trajectory; 0 takes all
     n_bootstrap: int=100 # for the error bar of T_max
@@ -576,7 +577,9 @@ def _one_dimensional(run):
 def _teacher(run):
     "The nonparametric committor: fitted on the training part, stopped by the validation part, replayed on every block."
     from foldbook.committor import NonparametricCommittor, held_out
-    s, features, states, start = _load_split(run), run.load('features'), run.load('states'), time.perf_counter()
+    s, described, states, start = _load_split(run), _described(run), run.load('states'), time.perf_counter()
+    few = [described.index(n) for n in run.config.teacher_features if n in described.names]
+    features = [x[:, few or slice(None)] for x in run.load('features')]
     x, f = ([*s.take(e, 'train'), *s.take(e, 'validation')] for e in (features, states))
     n = len(s.train)
     fitted = NonparametricCommittor(**dict(dict(seed=run.config.seed, degree=3), **run.config.teacher_options))

@@ -471,6 +471,7 @@ def _isotonic(r, states, n_bins=1000):
 def _beta(r, states):
     "Smooth map of r to the outcomes: logistic in log r and log(1 - r), fitted by likelihood to binned frames (Kull et al. 2017)."
     from scipy.optimize import minimize
+    from scipy.special import expit
     logs = lambda x: np.stack([np.log(x), -np.log1p(-x)])
     value, outcome, _ = _interior([np.clip(x, 1e-6, 1 - 1e-6) for x in r], states)
     u = logs(value)
@@ -478,9 +479,9 @@ def _beta(r, states):
     n = np.bincount(b)
     X = np.stack([np.ones((n > 0).sum()), *(np.bincount(b, v)[n > 0] / n[n > 0] for v in u)]) # (3, bins)
     k, n = np.bincount(b, outcome)[n > 0], n[n > 0]
-    def loss(w): return (np.logaddexp(0, w @ X) * n - k * (w @ X)).sum() / n.sum(), X @ (n / (1 + np.exp(-(w @ X))) - k) / n.sum()
+    def loss(w): return (np.logaddexp(0, w @ X) * n - k * (w @ X)).sum() / n.sum(), X @ (n * expit(w @ X) - k) / n.sum()
     c, *w = minimize(loss, [0, 1, 1], jac=True, method='BFGS').x
-    return clamp([1 / (1 + np.exp(-c - w @ logs(np.clip(x, 1e-6, 1 - 1e-6)))) for x in r], states)
+    return clamp([expit(c + w @ logs(np.clip(x, 1e-6, 1 - 1e-6))) for x in r], states)
 
 # %% ../nbs/41_zq.ipynb #dd948615
 def _head(r, states, n_frames=1_000_000):
