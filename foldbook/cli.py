@@ -164,7 +164,7 @@ def _print_board(table):
     Console(width=max(130, Console().width)).print(board)
 
 # %% ../nbs/61_command_line.ipynb #701ef896
-@app.command(cls=_Lists, epilog='''Examples: [bold]foldbook run[/bold] takes the shipped villin data (about ten minutes on two cores).
+@app.command(cls=_Lists, epilog='''Examples: [bold]foldbook run[/bold] takes the shipped villin data (about four minutes on two cores).
 [bold]foldbook run --traj a.xtc b.xtc c.xtc --top native.pdb --folded "RMSD < 0.15" --unfolded "RMSD > 0.5" --out runs/mine[/bold] takes yours.''')
 def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; several values or several times.')]=None,
         top: Annotated[Optional[str], typer.Option('--top', help='Structure with the same atoms (pdb, gro, ...), the native one unless --native is given.')]=None,
