@@ -209,14 +209,14 @@ def lambda_at(
     "From 1 (outcomes) down to `lam` over the first half of training."
     return options.lam + (1 - options.lam) * max(0., 1 - 2 * epoch / options.max_epochs)
 
-# %% ../nbs/42_distillation.ipynb #51d1f2e5
+# %% ../nbs/42_distillation.ipynb #5e17d987
 class Distillation(pl.LightningModule):
     "One network in training: batches, losses, running average and log book."
     def __init__(self, options, network, windows, states, teacher=None, validation=None, fingerprint='', advance=None):
         super().__init__()
         self.options, self.network, self.windows, self.states, self.teacher = options, network, windows, states, teacher
         self.validation, self.advance = validation, advance
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.average))
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.average)).requires_grad_(False)
         self.log_book = dict(fingerprint=fingerprint, history=[], best=None, best_score=float('inf'), best_epoch=-1, finished=False, seconds=0.)
         self.usable = _usable(self.targets(options.loss))
         self.n_batches = -(-len(self.usable) // options.batch_size)
@@ -338,7 +338,7 @@ def _replace(path, write):
     write(temporary)
     os.replace(temporary, path)
 
-# %% ../nbs/42_distillation.ipynb #986e23c3
+# %% ../nbs/42_distillation.ipynb #65ae5b7c
 @dataclass
 class StudentOptions:
     "What a student is and how it is trained; every field is an argument of `Student`."
@@ -374,6 +374,7 @@ class StudentOptions:
             raise ValueError('functional_weight is for memoryless students: with a window the functional falls below its bound by smoothing; use loss="martingale"')
         for name in ('window', 'members', 'max_epochs', 'batch_size', 'hidden'):
             if (value := getattr(self, name)) < 1: raise ValueError(f'{name}={value}; it must be at least 1')
+        if self.architecture == 'transformer' and self.hidden % 2: raise ValueError(f'hidden={self.hidden}; a transformer needs an even number, it has two heads')
         if self.keep + (self.components or 0) < 1 and self.components is not None: raise ValueError('keep=0 and components=0 leave a student nothing to read')
         self.networks, self.history, self.seconds, self.error_budget = [], [], 0., None
 
