@@ -301,3 +301,18 @@ def test_pictures():
     assert plot_outcomes(x[0][:, 0], states[0]).get_xlabel() == 'frame'
     assert len(plot_convergence({'a': m}).lines) == 2 and plot_agreement(m.r, q, states).get_xlabel() == 'exact committor'
     assert len(plot_watch({'a': [1, 2]}, 5, 5).lines) == 2
+
+
+def test_passages_of_a_short_series():
+    from foldbook.committor import Passages
+    times = passages([np.array([0, -1, -1, 1, 1, -1, 0, 1], np.int8)])
+    assert isinstance(times, Passages)
+    assert times.transit.tolist() == [3, 1] and times.ba.tolist() == [3] and times.ab[-1] == 1
+
+
+def test_every_update_is_recorded():
+    from foldbook.committor import Step
+    X, states, _ = dw1d().observe(dw1d().sample(5_000, seed=3))
+    model = NonparametricCommittor(n_iterations=5, degree=2, history=(0, 1), seed=0).fit(X, states, progress=False)
+    assert 0 < len(model.steps) <= 5
+    assert all(isinstance(s, Step) and s.column == 0 and s.lag in (0, 1) and len(s.alpha) == 6 for s in model.steps)

@@ -265,3 +265,13 @@ def test_two_devices_agree_with_one(tmp_path):
         subprocess.run([sys.executable, 'run.py', str(n), '--out', f'{n}.npy'], cwd=tmp_path, check=True, timeout=300, capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
         r.append(np.load(tmp_path / f'{n}.npy'))
     assert np.abs(r[0] - r[1]).max() < 1e-2 and r[0].std() > 1e-3
+
+
+def test_plot_training_marks_the_kept_epoch(walk):
+    import matplotlib.pyplot as plt
+    from foldbook.distill import plot_training
+    X, S, _ = walk
+    student = Student('lstm', seed=1, **FAST).fit(X[:2], S[:2], validation=(X[2:], S[2:]), progress=False)
+    line, dot = plot_training(student)[0].lines
+    assert len(line.get_xdata()) == len(student.history) and dot.get_ydata()[0] in line.get_ydata()
+    plt.close('all')

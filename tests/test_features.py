@@ -361,3 +361,9 @@ def test_more_faults(folder, native, shaken):
     with pytest.raises(ValueError, match='4 residues'): ft.pseudo_dihedrals(native.atom_slice(ft.ca_atoms(native.topology)[:3]))
     with pytest.raises(ValueError, match='not a structure'): ft.load_native(folder/'shaken.xtc')
     with pytest.raises(KeyError, match="no atom 'LEU99-CA'"): ft.find_atoms(native.topology, ('LEU2-CA', 'LEU99-CA'))
+
+
+def test_a_sum_is_a_featurizer_again(native):
+    both = ft.fraction_native(native) + ft.rmsd(native)
+    assert isinstance(both, ft.Featurizer) and both.features.names == ('Q', 'RMSD')
+    np.testing.assert_allclose(both(native), [[1, 0]], atol=1e-3)

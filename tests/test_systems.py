@@ -159,3 +159,11 @@ def test_pictures():
 def test_import_is_light():
     code = 'import sys, foldbook.systems, foldbook.committor; print([m for m in ("torch", "lightning", "mdtraj", "matplotlib", "pandas") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+@every
+def test_rates_close_a_cycle(name):
+    from foldbook.systems import Rates
+    rates = SYSTEMS[name]().rates
+    assert isinstance(rates, Rates)
+    assert np.isclose(rates.mfpt_ab + rates.mfpt_ba, 1/rates.flux)  # one cycle a transition
