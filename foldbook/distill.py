@@ -60,9 +60,10 @@ def lambda_return(
         target[t] = following
     return target
 
-# %% ../nbs/42_distillation.ipynb #dd66e159
+# %% ../nbs/42_distillation.ipynb #c7a149a6
 LOSSES = ('teacher_mse', 'teacher_cross_entropy', 'outcome', 'martingale')
 
+# %% ../nbs/42_distillation.ipynb #0c78f100
 def targets(
     loss: str, # one of `LOSSES`
     states: list, # int8 (T,) per trajectory
@@ -166,9 +167,10 @@ class Attentive(nn.Module):
         self.width = 2 * hidden
     def forward(self, x): return torch.cat([self.encoder(self.embed(x) + self.place)[:, -1], self.present(x[:, -1])], -1)
 
-# %% ../nbs/42_distillation.ipynb #6791f5b0
+# %% ../nbs/42_distillation.ipynb #9c673df9
 ARCHITECTURES = {'mlp': Memoryless, 'lstm': Recurrent, 'transformer': Attentive}
 
+# %% ../nbs/42_distillation.ipynb #801ed4e5
 class CommittorNetwork(nn.Module):
     "A body that reads a window, and a linear head; the sigmoid of its output is the committor."
     def __init__(self, architecture, n_inputs, hidden, dropout, window):
@@ -264,7 +266,7 @@ def dirichlet(
     left = (behind >= 0) & (windows.first[index] < index)
     return ((ahead - here)**2 + left * (here - behind)**2).mean()
 
-# %% ../nbs/42_distillation.ipynb #736c45e9
+# %% ../nbs/42_distillation.ipynb #c6853496
 def _usable(y):
     "Frames that have a target and a next frame."
     y = [np.append(v[:-1], np.nan) for v in y]
@@ -272,10 +274,12 @@ def _usable(y):
     if not len(usable): raise ValueError('no training frame outside A and B has a target; give longer trajectories, or other states')
     return usable
 
+# %% ../nbs/42_distillation.ipynb #221e40c5
 def _on_fit_start(m):
     for w in (m.windows, m.validation[0]) if m.validation else (m.windows,): w.to(m.device)
     m.flags = torch.from_numpy(np.concatenate(m.states)).float().to(m.device)
 
+# %% ../nbs/42_distillation.ipynb #216d6b00
 def _begin_epoch(m):
     "Order of the frames and targets of an epoch, from the seeds and its number only."
     o, m.started = m.options, time.perf_counter()
@@ -284,7 +288,7 @@ def _begin_epoch(m):
     wanted = {o.loss: 1.} | ({'martingale': o.martingale_weight + (o.loss == 'martingale')} if o.martingale_weight else {})
     m.terms = [(w, loss, torch.from_numpy(np.concatenate(m.targets(loss)).astype(np.float32)).to(m.device)) for loss, w in wanted.items()]
 
-# %% ../nbs/42_distillation.ipynb #0e3ca3b5
+# %% ../nbs/42_distillation.ipynb #1a2dac24
 def _end_epoch(m):
     "Judge the averaged weights, keep them if they are the best so far, and say when to stop."
     book, o, epoch = m.log_book, m.options, m.current_epoch
@@ -298,6 +302,7 @@ def _end_epoch(m):
     if book['finished']: m.trainer.should_stop = True
     if m.advance: m.advance(row)
 
+# %% ../nbs/42_distillation.ipynb #7cbff387
 def _judge(network, validation):
     "Scores on the validation trajectories; without any, the last epoch counts as the best."
     if validation is None: return dict(log_loss=float('nan'), t_max=float('nan'), score=float('nan'))
@@ -322,7 +327,7 @@ def _quiet(threads):
             torch.set_num_threads(n)
             for l, level in zip(loggers, levels): l.setLevel(level)
 
-# %% ../nbs/42_distillation.ipynb #01970cb6
+# %% ../nbs/42_distillation.ipynb #a731b2ae
 def _digest(options, *parts):
     "Fingerprint of a configuration and its data, so that a checkpoint is never continued with others."
     h = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
@@ -331,6 +336,7 @@ def _digest(options, *parts):
         h.update(b'|')
     return h.hexdigest()
 
+# %% ../nbs/42_distillation.ipynb #4e24b168
 def _replace(path, write):
     "Write a file under another name, then move it into place."
     path = Path(path)
@@ -378,9 +384,10 @@ class StudentOptions:
         if self.keep + (self.components or 0) < 1 and self.components is not None: raise ValueError('keep=0 and components=0 leave a student nothing to read')
         self.networks, self.history, self.seconds, self.error_budget = [], [], 0., None
 
-# %% ../nbs/42_distillation.ipynb #61a1e082
+# %% ../nbs/42_distillation.ipynb #34ed7e05
 _HARDWARE = ('accelerator', 'devices', 'threads') # do not change what is learned
 
+# %% ../nbs/42_distillation.ipynb #d683bf6d
 def _validated(student, features, states, teacher, validation):
     "All inputs of `fit`, checked together."
     X = as_ensemble(features, np.float32, 'features')
@@ -396,18 +403,20 @@ def _validated(student, features, states, teacher, validation):
     if len(shapes) > 1 or any(len(s) != 1 for s in shapes): raise ValueError(f'features must be (T, F) with the same F in every trajectory; found {sorted(shapes)}')
     return X, S, teacher, validation
 
+# %% ../nbs/42_distillation.ipynb #6ce8dd69
 def _pace(X, mix):
     "Typical change from frame to frame of what the network reads."
     pace = np.std(np.concatenate([np.diff(x @ mix, axis=0) for x in X]), axis=0)
     return np.where(pace > 1e-6, pace, 1)
 
+# %% ../nbs/42_distillation.ipynb #08cc8d5e
 def _restored(build, weights):
     "A network with given weights, built without touching the global random state."
     with torch.random.fork_rng(devices=[]): network = build()
     network.load_state_dict(weights)
     return network.eval()
 
-# %% ../nbs/42_distillation.ipynb #c67a7edd
+# %% ../nbs/42_distillation.ipynb #512609eb
 def _train(student, member, windows, states, teacher, validation, directory, digest, bar):
     "Train one member, from its checkpoint if there is one, and return its log book."
     options = StudentOptions(**{**asdict(student), 'seed': student.seed + 1000 * member})
@@ -426,6 +435,7 @@ def _train(student, member, windows, states, teacher, validation, directory, dig
     trainer.fit(model, ckpt_path=str(checkpoint) if book else None, weights_only=True)
     return model.log_book
 
+# %% ../nbs/42_distillation.ipynb #c17a75ee
 def _resumable(checkpoint, digest):
     "Log book of a checkpoint, or None where there is none; refuses one of another configuration or other data."
     if checkpoint is None or not checkpoint.exists(): return None
@@ -524,7 +534,7 @@ def report(
                lags=z.lags.tolist(), t_max_per_lag=z.t_max_per_lag.tolist() if z.n_ab else None, ratio_per_lag=z.ratio.mean(1).tolist() if z.n_ab else None)
     return row | ({} if reference is None else dict(error_budget=error_budget(r, clamp(reference, states), states)))
 
-# %% ../nbs/42_distillation.ipynb #e7ff14e4
+# %% ../nbs/42_distillation.ipynb #99abacf0
 def plot_training(
     student: Student, # fitted with validation data
     axes=None, # two matplotlib axes, made if None
@@ -536,5 +546,7 @@ def plot_training(
         for ax, column in zip(axes, ('log_loss', 't_max')):
             ax.plot(h['epoch'], h[column])
             ax.plot(*h.loc[h['score'].idxmin(), ['epoch', column]], 'ko')
-    for ax, label in zip(axes, ('validation log-loss', 'validation $T_{max}$')): ax.set(xlabel='epoch', ylabel=label, yscale='log')
+    for ax, label in zip(axes, ('validation log-loss', 'validation $T_{max}$')):
+        ax.set(xlabel='epoch', ylabel=label, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return axes
