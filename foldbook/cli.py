@@ -8,7 +8,7 @@ Docs: https://foldbook.github.io/foldbook/command_line.html.md"""
 __all__ = ['app', 'data_app', 'read_series', 'zq', 'run', 'data_list', 'data_info', 'data_fetch', 'simulate', 'shoot', 'features']
 
 # %% ../nbs/61_command_line.ipynb #dcd33cf6
-import os, sys
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -130,9 +130,8 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
 # %% ../nbs/61_command_line.ipynb #8222bad1
 def _write_zq_json(path, z):
     import json
-    temporary = path.with_name(f'.{os.getpid()}-{path.name}')
-    temporary.write_text(json.dumps(z.to_dict()))
-    os.replace(temporary, path)
+    from foldbook.committor import replacing
+    replacing(path, lambda p: p.write_text(json.dumps(z.to_dict())))
 
 def _write_zq_figure(path, z):
     import matplotlib
@@ -346,9 +345,8 @@ def _frames(model, files, chosen):
 # %% ../nbs/61_command_line.ipynb #7b543fe2
 def _write_shots(out, partial, chosen, **arrays):
     import numpy as np
-    temporary = out.with_name(f'.{os.getpid()}-{out.name}')
-    np.savez_compressed(temporary, trajectory=chosen[:, 0], frame=chosen[:, 1], **arrays)
-    os.replace(temporary, out)
+    from foldbook.committor import replacing
+    replacing(out, lambda p: np.savez_compressed(p, trajectory=chosen[:, 0], frame=chosen[:, 1], **arrays))
     partial.unlink(missing_ok=True)
 
 # %% ../nbs/61_command_line.ipynb #7612f643
@@ -361,7 +359,8 @@ def features(traj: Annotated[list[str], typer.Option('--traj', help='Trajectory 
              out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Directory for one .npy a trajectory and features.json; without it the columns are listed.')]=None):
     "Turn trajectories into arrays of features."
     from foldbook import features as ft
-    from foldbook.evaluate import replacing, save_array
+    from foldbook.committor import replacing
+    from foldbook.evaluate import save_array
     featurizer = ft.named(kinds, ft.load_native(native or top), ft.model_contacts(top))
     if not out: return print(featurizer.features.describe().to_string(max_colwidth=60))
     for i, f in enumerate(_expand(traj)):

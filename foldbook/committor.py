@@ -7,7 +7,7 @@ Docs: https://foldbook.github.io/foldbook/committor.html.md"""
 # %% auto #0
 __all__ = ['as_ensemble', 'check_states', 'check_coordinate', 'evaluate', 'held', 'states_from', 'boundaries', 'outcomes',
            'previous_outcomes', 'count_transitions', 'clamp', 'plot_outcomes', 'Passages', 'passages',
-           'squared_increments', 'basis', 'Step', 'NonparametricCommittor', 'rmse', 'plot_agreement',
+           'squared_increments', 'basis', 'Step', 'NonparametricCommittor', 'replacing', 'rmse', 'plot_agreement',
            'plot_convergence', 'outcome_log_loss', 'held_out', 'plot_watch']
 
 # %% ../nbs/40_committor.ipynb #126f94f7
@@ -553,6 +553,18 @@ def _replay(model, features, states):
     r = frames.seed()
     for s in model.steps: r = _apply(frames, r, s, model.degree)
     return frames.cut(r)
+
+# %% ../nbs/40_committor.ipynb #4f0c8a17
+def replacing(path, write):
+    "Call `write(temporary path)`, then move the file into place in one step; nothing is left behind if writing fails."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{os.getpid()}-{path.name}')
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
+    return path
 
 # %% ../nbs/40_committor.ipynb #195863d9
 _OPTIONS = ('method', 'n_iterations', 'degree', 'history', 'gamma', 'guard', 'seed', 'monitor_every', 'patience')

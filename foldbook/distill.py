@@ -10,7 +10,7 @@ __all__ = ['LOSSES', 'ARCHITECTURES', 'stopped', 'lambda_return', 'targets', 'lo
            'dirichlet', 'StudentOptions', 'Student', 'report', 'plot_training']
 
 # %% ../nbs/42_distillation.ipynb #7af618d5
-import contextlib, hashlib, json, logging, os, time, warnings
+import contextlib, hashlib, json, logging, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .committor import as_ensemble, boundaries, check_states, clamp, outcomes
+from .committor import as_ensemble, boundaries, check_states, clamp, outcomes, replacing
 from .zq import cut_profiles, error_budget, profile, scores
 
 # %% ../nbs/42_distillation.ipynb #622fa962
@@ -336,14 +336,6 @@ def _digest(options, *parts):
         h.update(b'|')
     return h.hexdigest()
 
-# %% ../nbs/42_distillation.ipynb #4e24b168
-def _replace(path, write):
-    "Write a file under another name, then move it into place."
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    write(temporary)
-    os.replace(temporary, path)
-
 # %% ../nbs/42_distillation.ipynb #65ae5b7c
 @dataclass
 class StudentOptions:
@@ -456,8 +448,8 @@ class _Stored:
         tensors = {f'{m}.{k}': v.contiguous() for m, n in enumerate(self.networks) for k, v in n.state_dict().items()}
         tensors |= {k: torch.from_numpy(v) for k in ('mean', 'mix', 'pace') if (v := getattr(self, k)) is not None}
         card = dict(options=asdict(self), seconds=self.seconds, history=self.history, error_budget=self.error_budget)
-        _replace(directory / 'student.safetensors', lambda p: save_file(tensors, str(p)))
-        _replace(directory / 'student.json', lambda p: p.write_text(json.dumps(card, indent=1)))
+        replacing(directory / 'student.safetensors', lambda p: save_file(tensors, str(p)))
+        replacing(directory / 'student.json', lambda p: p.write_text(json.dumps(card, indent=1)))
 
     @classmethod
     def load(cls,
