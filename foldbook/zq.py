@@ -6,8 +6,8 @@ Docs: https://foldbook.github.io/foldbook/zq.html.md"""
 
 # %% auto #0
 __all__ = ['LIMIT', 'excursions', 'mean_transition_path', 'default_lags', 'Verdict', 'ZqResult', 'cut_profiles', 'plot_zq',
-           'measure_law', 'law', 'cycle_bootstrap', 'Scores', 'scores', 'paired_log_loss', 'calibration',
-           'plot_calibration', 'error_budget', 'judge', 'profile']
+           'nominal_lengths', 'lag_windows', 'cut_profile', 'measure_law', 'law', 'cycle_bootstrap', 'Scores', 'scores',
+           'paired_log_loss', 'calibration', 'plot_calibration', 'error_budget', 'judge', 'profile']
 
 # %% ../nbs/41_zq.ipynb #6e0e48ff
 import math
@@ -242,6 +242,73 @@ def plot_zq(
     if legend: ax.legend(title='lag, frames', fontsize='x-small', title_fontsize='small', ncols=2 if len(colors) > 8 else 1, loc='center left', bbox_to_anchor=(1, .5))
     ax.set(xlabel='coordinate $r$', ylabel='$Z_q / N_{AB}$', xlim=(0, 1))
     return ax
+
+# %% ../nbs/41_zq.ipynb #25e9a894
+def nominal_lengths(
+    states, # flags, int8 (T,) per trajectory
+    lengths=None, # frames granted: one number for all, or one per trajectory; None: those in the files
+    clock: float | None = None, # mean frames granted by a random clock, instead of `lengths`
+    seed: int = 0, # of the clock
+) -> np.ndarray: # int64 (number of trajectories,)
+    "Frames each trajectory would have had; only one that ends on A or B gains any. Raises `ValueError` for a grant shorter than a file."
+    own = np.array([len(s) for s in states])
+    if clock is not None: grant = own - 1 + np.random.default_rng(seed).geometric(1 / clock, len(own))
+    else: grant = own if lengths is None else np.broadcast_to(np.asarray(lengths, np.int64), own.shape) if np.size(lengths) in (1, len(own)) else None
+    if grant is None: raise ValueError(f'lengths: {np.size(lengths)} given for {len(own)} trajectories; give one for all, or one per trajectory')
+    if (grant < own).any(): raise ValueError(f'lengths: trajectory {(i := int((grant < own).argmax()))} has {own[i]} frames, more than its nominal {grant[i]}')
+    return np.where([s[-1] >= 0 for s in states], grant, own)
+
+# %% ../nbs/41_zq.ipynb #fa84c14d
+@njit(cache=True)
+def lag_windows(
+    flags, # int8 (T,) of ONE trajectory: 0 in A, 1 in B, -1 elsewhere
+    lag, # frames
+    length, # frames the trajectory was meant to have; T unless it was stopped on its last frame
+): # int64 (n,) three times: first frame, last frame, how often the window is counted
+    "Every window of Z_q at one lag."
+    n, m, p, f = len(flags), 0, -1, len(flags)
+    first, last, count = np.empty(2 * n, np.int64), np.empty(2 * n, np.int64), np.ones(2 * n, np.int64)
+    for t in range(n - 1, -1, -1):                       # windows that begin at t
+        e, boundary = min(t + lag, f), flags[t] >= 0
+        if (e < n and t + lag < length) if not boundary else (f < n and f - t <= lag):
+            first[m], last[m] = t, e
+            if boundary: count[m] = lag - (f - t) + 1
+            m += 1
+        if boundary: f = t
+    for t in range(n):                                   # windows that end at t and begin on the boundary before it
+        if flags[t] >= 0: p = t
+        elif p >= 0 and lag <= t <= p + lag:
+            first[m], last[m] = p, t
+            m += 1
+    return first[:m].copy(), last[:m].copy(), count[:m].copy()
+
+# %% ../nbs/41_zq.ipynb #38871334
+def cut_profile(
+    r, # coordinate in any unit, (T,) per trajectory
+    lag: int = 1, # frames
+    alpha: float = 1., # exponent
+    weights=None, # weight of the windows that start at each frame
+    n_bins=1000, # bins of equal width between the ends of r (0 and 1 with states), or increasing edges
+    states=None, # flags of the same frames; then windows stop on A and B as those of Z_q do
+    lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
+) -> tuple: # edges (n_bins + 1,), and Z_C,alpha (n_bins,) just below edges[1:]
+    "Cut profile of any exponent, with or without boundaries (Krivov 2013); raises `ValueError` for a lag no trajectory has."
+    if states is None: r = as_ensemble(r, np.float64, 'coordinate')
+    else: r, states = check_coordinate(r, states, both=False)
+    weights, lag = _check_weights(weights, r), int(_check_lags([lag], r)[0])
+    lengths = nominal_lengths(states, lengths) if states is not None else None
+    low, high = (0., 1.) if states is not None else (min(x.min() for x in r), max(x.max() for x in r))
+    edges = np.linspace(low, high, n_bins + 1) if np.ndim(n_bins) == 0 else np.asarray(n_bins, float)
+    z = np.zeros(len(edges))
+    for i, x in enumerate(r):
+        if states is None: first, last, count = np.arange(len(x) - lag), np.arange(lag, len(x)), 1
+        else: first, last, count = lag_windows(states[i], lag, lengths[i])
+        d = x[last] - x[first]
+        jump = np.sign(d) * np.maximum(np.abs(d), 1e-3 * (high - low) if alpha < 0 else 0)**alpha * count
+        if weights is not None: jump = jump * weights[i][first]
+        b = np.clip(np.searchsorted(edges, x, 'right') - 1, 0, len(edges) - 1)
+        z += np.bincount(b[first], jump, len(edges)) - np.bincount(b[last], jump, len(edges))
+    return edges, np.cumsum(z)[:-1] / (2 * lag)
 
 # %% ../nbs/41_zq.ipynb #a523a331
 def measure_law(
