@@ -132,6 +132,28 @@ register(DataSet('villin_go', 'shipped', 'Villin headpiece HP35 (PDB 2F4K), coop
     licence='Apache-2.0', citation='foldbook, chapter Simulation; structure: Kubelka et al., J. Mol. Biol. 359, 546 (2006)',
     how_made='foldbook simulate --system villin_go --out villin_go --trajectories 8 --frames 10000 --steps-per-frame 1500 --seed 1'));
 
+# %% ../nbs/11_data.ipynb #63afbd81
+_bba = '''
+model.json 01de535cd2a5aa4b119fe3c0d90b42a3ee1d87d0caee887ad16f8208067ec553 1698
+native.pdb 758d63bf2edc605d4fb05b73ed8e68e3fadb8232f6e7b1a974d990e2eb5f26b1 2299
+shooting.npz bfe4c0258c56ac5fffdcca64afb0f846d1965351c34a0cbd9cf406cbbe2a0156 3268
+bba_go-0.npy.xz d695c53fdf3877616ce9c7abdbd79e401a5fc50f3b14690ce7ee2549cd4d5b8c 637228
+bba_go-1.npy.xz 821618ea0c965080c2ea146a2937506331525440b7cde6892894a661f157ba29 637668
+bba_go-2.npy.xz 30a738583ef5739e5dad0401fdbe35afec73c8c8000badf066149694b933f912 637748
+bba_go-3.npy.xz 341eae79a685c09a020abb70eeeff551ddc72b636fff00a59bce53a0120440c0 636224
+bba_go-4.npy.xz 14a61e1a324f637d0707e163dd9f988c6f3634717168f14a3c0980d008b0d4ac 636688
+bba_go-5.npy.xz 9667bf1bbbedab14c3ee65011ccb19812f3c3fd6753f60c96b3ba33167771844 637716
+bba_go-6.npy.xz 7f63b7beaa2435a5e6e65449c2adc7da09a0879c354c52d6ff5b9266f632c204 637616
+bba_go-7.npy.xz 12af8b72feafd4b35349ecc757bfab815809c7598b86df7a99288307acd0d372 636740
+'''
+
+register(DataSet('bba_go', 'shipped', 'BBA FSD-EY (PDB 1FME), cooperative C-alpha structure-based model near its folding temperature; 8 trajectories of 6,000 frames',
+    files=_shipped_files(_bba),
+    trajectory_pattern='bba_go-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=2.0, temperature_kelvin=126.0,
+    units='nm, ps, K; reduced: bead mass 1 amu, so that only kT = 1.05 kJ/mol is physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
+    licence='Apache-2.0', citation='foldbook, chapter Simulation; structure: Sarisky and Mayo, J. Mol. Biol. 307, 1411 (2001)',
+    how_made='foldbook simulate --system bba_go --out bba_go --trajectories 8 --frames 6000 --steps-per-frame 500 --seed 1'));
+
 # %% ../nbs/11_data.ipynb #8fd38063
 _mdshare = 'http://ftp.imp.fu-berlin.de/pub/cmb-data/'
 
@@ -241,10 +263,9 @@ register(DataSet('villin_rmsd', 'downloaded', 'Villin 2F4K: C-alpha RMSD series 
 register(DataSet('desres', 'on request', 'Twelve fast folders, all atoms, 100 us to 3 ms each', trajectory_pattern='*.dcd', topology_pattern='*.pdb', frame_spacing_ps=200.0,
     licence='D. E. Shaw Research agreement: non-commercial research, no redistribution', citation='Lindorff-Larsen et al., Science 334, 517 (2011)', how_made='ask trajectories@deshawresearch.com'));
 
-# %% ../nbs/11_data.ipynb #ee245785
-for _name, _pdb, _t, _lam in (('trpcage_go', '1L2Y', 95.0, 2.0), ('bba_go', '1FME', 125.0, 3.0)):
-    register(DataSet(_name, 'generated', f'{_pdb} as the same kind of structure-based model', trajectory_pattern='*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0,
-        temperature_kelvin=_t, states=dict(unfolded='Q < 0.25', folded='Q > 0.8'), licence='yours', how_made=f'foldbook simulate --pdb {_pdb} --temperature {_t} --cooperativity {_lam} --out'))
+# %% ../nbs/11_data.ipynb #50a16b21
+register(DataSet('trpcage_go', 'generated', 'Trp-cage (PDB 1L2Y) as the same kind of structure-based model', trajectory_pattern='*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0,
+    temperature_kelvin=95.0, states=dict(unfolded='Q < 0.25', folded='Q > 0.8'), licence='yours', how_made='foldbook simulate --pdb 1L2Y --temperature 95 --cooperativity 2 --out'));
 
 # %% ../nbs/11_data.ipynb #409f0f53
 def table(kind: str|None = None # one of the four kinds; default all

@@ -129,25 +129,31 @@ def test_on_request_says_how(tmp_path):
     with pytest.raises(FileNotFoundError, match='trajectories@deshawresearch.com'): fd.fetch('desres', False, tmp_path)
 
 
-def test_shipped_files_match_their_record():
+@pytest.mark.parametrize('name', fd.names('shipped'))
+def test_shipped_files_match_their_record(name):
     sources = (ROOT/'data'/'SOURCES.md').read_text()
-    d = fd.info('villin_go')
+    d = fd.info(name)
     for f in d.files:
-        path = ROOT/'data'/'villin_go'/f.name
+        path = ROOT/'data'/name/f.name
         assert fd.checksum(path) == f.checksum and path.stat().st_size == f.size
         assert f.checksum.split(':')[1] in sources, f.name
-    assert {p.name for p in (ROOT/'data'/'villin_go').iterdir()} == {f.name for f in d.files}
-    assert sum(p.stat().st_size for p in (ROOT/'data').rglob('*') if p.is_file()) < 15e6
+    assert {p.name for p in (ROOT/'data'/name).iterdir()} == {f.name for f in d.files}
+    assert d.how_made in sources and not {p.name for p in (ROOT/'data').iterdir() if p.is_dir()} - set(fd.names('shipped'))
 
 
-def test_unpacked_files_match_the_simulation(tmp_path):
+def test_data_stay_small():
+    assert sum(p.stat().st_size for p in (ROOT/'data').rglob('*') if p.is_file()) < 18e6
+
+
+@pytest.mark.parametrize('name, n_frames', [('villin_go', 10_000), ('bba_go', 6000)])
+def test_unpacked_files_match_the_simulation(name, n_frames, tmp_path):
     "The xtc files come back with the bytes that the simulation wrote, as SOURCES.md lists them."
     sources = (ROOT/'data'/'SOURCES.md').read_text()
-    d = fd.fetch('villin_go', False, tmp_path)
+    d = fd.fetch(name, False, tmp_path)
     assert len(d.trajectories) == 8
     for p in d.trajectories: assert fd.checksum(p).split(':')[1] in sources, p.name
     t = md.load(str(d.trajectories[3]), top=str(d.topology))
-    assert len(t) == 10_000 and np.allclose(np.diff(t.time), d.frame_spacing_ps)
+    assert len(t) == n_frames and np.allclose(np.diff(t.time), d.frame_spacing_ps)
 
 
 def test_damaged_shipped_file_is_named(tmp_path, monkeypatch):

@@ -296,18 +296,22 @@ def test_shoot_ensemble_chooses_shoots_and_writes(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['shots.npz']
 
 
-def test_shipped_model_made_the_shipped_data():
+@pytest.mark.parametrize('name, residues, contacts, passages', [('villin_go', 35, 75, 800), ('bba_go', 28, 44, 700)])
+def test_shipped_model_made_the_shipped_data(name, residues, contacts, passages):
     from foldbook.data import fetch
-    m, d = fs.shipped_model('villin_go'), fetch('villin_go', progress=False)
-    assert (len(m.residues), len(m.contacts), m.residues.count('NLE')) == (35, 75, 2)
+    m, d = fs.shipped_model(name), fetch(name, progress=False)
+    assert (m.name, len(m.residues), len(m.contacts), m.residues.count('NLE')) == (name, residues, contacts, 2*(name == 'villin_go'))
     counts = []
     for p in d.trajectories:
         x = md.load(str(p), top=str(d.topology)).xyz
-        assert fs.energies(m, x[::500]).sum(1).max() < 20*35
+        assert fs.energies(m, x[::500]).sum(1).max() < 20*residues
         counts.append(len(np.concatenate(fs.passage_times(fs.native_fraction(m, x)))) + 1)
-    assert min(counts) > 50 and sum(counts) > 800
-    shots = fs.shipped_shots('villin_go')
+    assert min(counts) > 50 and sum(counts) > passages
+    shots = fs.shipped_shots(name)
     assert shots['outcomes'].dtype == np.int8 and len(shots['outcomes']) == len(shots['frame']) == len(shots['trajectory']) and set(shots['trajectory']) <= {6, 7}
+
+
+def test_an_unknown_model_is_named():
     with pytest.raises(FileNotFoundError, match='nothing'): fs.shipped_model('nothing')
 
 
