@@ -723,7 +723,7 @@ def _beta(r, states):
     c, *w = minimize(loss, [0, 1, 1], jac=True, method='BFGS').x
     return clamp([expit(c + w @ logs(np.clip(x, 1e-6, 1 - 1e-6))) for x in r], states)
 
-# %% ../nbs/41_zq.ipynb #0433fe6e
+# %% ../nbs/41_zq.ipynb #7eb6a086
 def _head(r, states, n_frames=1_000_000):
     "The first trajectories, up to that many frames: enough for a diagnosis."
     room = np.maximum(n_frames - np.cumsum([0] + [len(x) for x in r]), 0)
@@ -749,7 +749,7 @@ def _judge_cures(result, r, states, reference, lengths):
         if (s := trial([_shift(x, k) for x in r], lags[:3])) < min(2.5, t / 2):
             return Verdict('misaligned flags', False, f'{name} is {t:.2f}, and {s:.2f} if r is read one frame {"later" if k > 0 else "earlier"}', _ALIGN)
     slope, level = _line(r, states)
-    if (s := trial([np.clip(slope * x + level, 0, 1) for x in r], lags)) < min(LIMIT, t / 2):
+    if slope > 1.03 and (s := trial([np.clip(slope * x + level, 0, 1) for x in r], lags)) < t / 3:
         return Verdict('wrong level', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} for {slope:.2f} r {level:+.2f}: between the states r runs from about {max(-level / slope, 0):.2f} to {min((1 - level) / slope, 1):.2f}, not from 0 to 1',
                        'stretch r so that it tends to 0 at A and to 1 at B, or fit an isotonic map on the training part')
     if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta))) < min(2 * LIMIT, 0.6 * t):
