@@ -180,7 +180,7 @@ def hairpin(path, sequence='GEWTYDDATKTFTVTE'):
     io.save(str(path))
 
 
-SMALL = ['--students', 'lstm:martingale,mlp:teacher_mse']
+SMALL = ['--students', 'lstm:martingale,mlp:teacher_mse', '--baselines', 'msm', '--seeds', '2']
 
 
 @pytest.fixture(scope='module')
@@ -214,16 +214,18 @@ def test_another_protein(unbroken, protein):
     for f in ('config.json', 'split.json', 'features.json', 'inputs.json', 'leaderboard.csv', 'leaderboard.json', 'report.html', 'figures/zq.png', 'models/lstm_martingale/student.safetensors'):
         assert (whole/f).stat().st_size > 0, f
     rows = {r['coordinate']: r for r in board(whole)['rows']}
-    assert {'RMSD, diffusive', 'RMSD, isotonic', 'Q, diffusive', 'Q, isotonic', 'Rg, diffusive', 'TICA, isotonic', 'teacher', 'LSTM, martingale', 'MLP, teacher mse'} <= set(rows)
+    assert {'RMSD, diffusive', 'RMSD, isotonic', 'Q, diffusive', 'Q, isotonic', 'Rg, diffusive', 'TICA, isotonic', 'teacher', 'LSTM, martingale', 'MLP, teacher mse', 'Markov model'} <= set(rows)
     assert [k for k, r in rows.items() if r['in_sample']] == ['teacher']
     assert all(r['rmse'] is not None and r['rmse_se'] > 0 for k, r in rows.items() if k != 'teacher'), 'shots are used'
     assert 'LSTM, martingale' in unbroken.stdout and 'Traceback' not in unbroken.stderr
+    for k in ('LSTM, martingale', 'Markov model', 'teacher, replayed'): assert rows[k]['seeds'] == 2 and len(set(rows[k]['log_loss_seeds'])) == 2, f'two seeds of {k} differ'
+    assert rows['Q, isotonic']['seeds'] == 1 and 'of 2 seeds' in board(whole)['headline']
     split, r = json.loads((whole/'split.json').read_text()), np.load(whole/'r'/'lstm_martingale'/'003.npy')
     assert split['test'] == [3] and r.shape == (600,) and 0 <= r.min() <= r.max() <= 1
 
 
 def test_own_trajectories_and_states_from_the_rmsd(protein):
-    line = 'run --traj hp/hairpin-0.xtc hp/hairpin-1.xtc --traj hp/hairpin-[23].xtc --top hp/native.pdb --quick --students mlp:outcome --out runs/own'.split()
+    line = 'run --traj hp/hairpin-0.xtc hp/hairpin-1.xtc --traj hp/hairpin-[23].xtc --top hp/native.pdb --quick --students mlp:outcome --baselines none --out runs/own'.split()
     done = foldbook(*line, '--folded', 'RMSD < 0.3', '--unfolded', 'RMSD > 0.45', cwd=protein)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(board(protein/'runs'/'own')['rows']) == 11
@@ -239,6 +241,7 @@ def test_bad_input_of_run(protein, unbroken, inside):
         one_line_error(run('--data', 'hp', *states), states[1])
     one_line_error(run('--data', 'hp', '--students', 'oracle:martingale'), 'oracle')
     one_line_error(run('--data', 'hp', '--students', 'oracle'), 'oracle', 'architecture:loss')
+    one_line_error(run('--data', 'hp', '--baselines', 'oracle'), 'oracle', 'vampnet')
     (protein/'papers').mkdir()
     (protein/'papers'/'thesis.txt').write_text('mine')
     one_line_error(inside('run', '--data', 'hp', '--out', 'papers', '--overwrite', cwd=protein), 'not a foldbook run')

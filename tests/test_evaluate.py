@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from foldbook import evaluate
-from foldbook.evaluate import (Candidate, Config, DiffusiveCommittor, IsotonicCommittor, Run, Split, TicaCoordinate, choose, free_energy, judge,
-                               leaderboard, markdown_table, read_leaderboard, replacing, shooting_error, split, write_readme)
-from foldbook.systems import dw1d, lshape2d
+from foldbook.baselines import IsotonicCommittor
+from foldbook.evaluate import (Candidate, Config, Run, Split, choose, free_energy, judge, leaderboard, markdown_table, over_seeds, read_leaderboard,
+                               replacing, shooting_error, split, write_readme)
+from foldbook.systems import lshape2d
 
 TIMINGS = ('seconds', 'microseconds_per_frame')
 
@@ -46,66 +47,6 @@ def test_split_takes_blocks():
     x = [np.arange(1000), np.arange(1000) + 1000]
     assert [v[0] for v in s.take(x, 'train')] == [0, 1000]
     assert sum(map(len, s.take(x, 'all'))) == 2000 - 400
-
-
-# --- maps --------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope='module')
-def well():
-    system = dw1d()
-    path = system.sample(60_000, 2, seed=3)
-    return system, [system.coordinates[p, 0] for p in path], [system.states[p] for p in path]
-
-
-@pytest.mark.parametrize('make', [DiffusiveCommittor, IsotonicCommittor])
-@pytest.mark.parametrize('sign', [1, -1])
-def test_maps_find_the_committor_whichever_way_x_runs(make, sign, well):
-    system, x, states = well
-    r = make().fit([sign*v for v in x], states).transform([sign*system.coordinates[:, 0]])[0]
-    inside = system.states < 0
-    assert abs(r - system.committor)[inside].max() < .08
-    assert r.min() > 0 and r.max() < 1, 'an interior frame is never certain'
-
-
-@settings(deadline=None, max_examples=10)
-@given(st.floats(-5, 5), st.floats(.1, 20))
-def test_diffusive_map_does_not_depend_on_units(shift, scale):
-    system = dw1d()
-    path = system.sample(20_000, seed=5)
-    x, states = [system.coordinates[p, 0] for p in path], [system.states[p] for p in path]
-    a = DiffusiveCommittor().fit(x, states).transform(x)[0]
-    y = [shift + scale*v for v in x]
-    b = DiffusiveCommittor().fit(y, states).transform(y)[0]
-    assert abs(a - b).max() < .03
-
-
-@pytest.mark.parametrize('make', [DiffusiveCommittor, IsotonicCommittor])
-def test_maps_are_saved_and_loaded(make, well, tmp_path):
-    _, x, states = well
-    fitted = make().fit(x, states).save(tmp_path)
-    assert all(np.array_equal(a, b) for a, b in zip(make.load(tmp_path).transform(x), fitted.transform(x)))
-
-
-def test_map_without_a_state_says_so(well):
-    _, x, states = well
-    with pytest.raises(ValueError, match=r'A \(0\)|state A'): DiffusiveCommittor().fit(x, [np.where(f == 0, -1, f) for f in states])
-
-
-def test_tica_agrees_with_the_closed_form():
-    rng = np.random.default_rng(0)
-    slow = np.zeros(20_000)
-    for t in range(1, len(slow)): slow[t] = .99*slow[t-1] + rng.normal()
-    x = np.stack([slow + rng.normal(size=len(slow)), rng.normal(size=len(slow)), 3*rng.normal(size=len(slow)) - slow, np.full(len(slow), 2.)], 1)
-    states = [np.where(slow > 8, 1, np.where(slow < -8, 0, -1)).astype(np.int8)]
-    got = TicaCoordinate(5).fit([x], states).transform([x])[0]
-    a, b = x[:-5, :3], x[5:, :3]
-    mean = (a.mean(0) + b.mean(0))/2
-    a, b = a - mean, b - mean
-    c0, c1 = a.T @ a + b.T @ b, a.T @ b + b.T @ a
-    values, vectors = np.linalg.eig(np.linalg.solve(c0, c1))
-    want = x[:, :3] @ vectors[:, values.real.argmax()].real
-    assert abs(np.corrcoef(got, want)[0, 1]) > 1 - 1e-6
-    assert got[states[0] == 1].mean() > got[states[0] == 0].mean()
-    with pytest.raises(ValueError, match='too short'): TicaCoordinate(50).fit([x[:40]], [states[0][:40]])
 
 
 # --- shooting ----------------------------------------------------------------------------------------------------
@@ -169,6 +110,35 @@ def test_free_energy_of_a_flat_diffusion():
     inner = slice(5, -5)
     assert np.ptp(f[inner]) < .5
     assert abs(np.ptp(natural)/np.ptp(centres)*.02/np.sqrt(2) - 1) < .05  # D = step**2/2
+
+
+# --- several seeds -----------------------------------------------------------------------------------------------
+def test_rows_of_several_seeds_become_one(rows):
+    from foldbook.evaluate import COLUMNS, _merged, cells, headline
+    x, q, seen = rows
+    by_seed = [q | dict(t_max=t, log_loss=l, passed=t < 3, verdict='pass' if t < 3 else 'too steep', reason='' if t < 3 else 'T_max is large', t_max_per_lag=[t, t/2])
+               for t, l in ((1.5, .31), (3.5, .30), (2., .32))]
+    one = over_seeds(by_seed)
+    assert (one['t_max'], one['log_loss'], one['passed'], one['verdict'], one['seeds'], one['seeds_passed']) == (2., .31, True, 'pass', 3, 2)
+    assert one['t_max_seeds'] == [1.5, 3.5, 2.] and one['t_max_per_lag'] == [2., 1.] and one['t_max_per_lag_range'] == [[1.5, .75], [3.5, 1.75]]
+    lost = over_seeds([by_seed[1], by_seed[1], by_seed[0]])
+    assert not lost['passed'] and (lost['verdict'], lost['reason'], lost['seeds_passed']) == ('too steep', 'T_max is large', 1)
+    assert np.isnan(over_seeds([q, q | dict(rmse=np.nan)])['rmse']), 'a missing number is not hidden'
+    merged = _merged([*by_seed, x, seen])
+    assert [r['coordinate'] for r in merged] == ['q', 'x', 'seen'] and merged[1]['seeds'] == 1 and choose(merged) == 'q'
+    shown = dict(zip(COLUMNS, cells(one)))
+    assert shown['Z_q'] == 'pass 2/3' and shown['T_max'].endswith('(1.5–3.5)') and shown['log-loss'] == '0.310 (0.300–0.320)'
+    assert '(' not in ''.join(cells(merged[1])[2:]), 'one seed has no range'
+    table = leaderboard([r | dict(chosen=r['coordinate'] == 'q') for r in merged])
+    assert 'PASSES Z_q in 2 of 3 seeds' in headline(table, 'q') and 'median T_max 2.0' in headline(table, 'q')
+    assert 'FAILS Z_q in 2 of 3 seeds' in headline(leaderboard(_merged([by_seed[1], by_seed[1], by_seed[0]])), 'q')
+
+
+def test_jobs_of_a_run():
+    from foldbook.evaluate import _jobs, _slug
+    jobs = _jobs(Config(seeds=3, students=('lstm:martingale',), baselines=('logistic', 'msm')))
+    assert jobs == ['lstm:martingale', 'logistic', 'msm', 'lstm:martingale seed 1', 'msm seed 1', 'lstm:martingale seed 2', 'msm seed 2']
+    assert _slug(jobs[-2]) == 'lstm_martingale_seed_2' and len(set(map(_slug, jobs))) == len(jobs)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -250,7 +220,7 @@ def test_figures_show_what_they_are_given(rows):
 def test_headline_says_pass_or_fail_and_why(rows):
     from foldbook.evaluate import headline
     table = leaderboard(rows)
-    assert 'q, chosen on the validation part, PASSES' in headline(table, 'q') and 'The best order parameter by log-loss, x,' in headline(table, 'q')
+    assert 'q, chosen on the validation part, PASSES' in headline(table, 'q') and 'The best order parameter, slow mode or regression by log-loss, x,' in headline(table, 'q')
     assert 'FAILS' in headline(table, 'x') and 'Reason: T_max is' in headline(table, 'x')
 
 
@@ -282,6 +252,12 @@ def test_a_failing_student_leaves_its_last_words(tmp_path):
     with pytest.raises(SystemExit): student_process(str(job.path), 'lstm:telepathy', 'auto', 'False')
     assert 'telepathy' in (job.path/'models'/'lstm_telepathy'/'error.txt').read_text().splitlines()[-1]
     assert load_config(job.path/'config.json') == job.config
+
+
+def test_unknown_rivals_are_named_before_anything_is_done(tmp_path):
+    with pytest.raises(ValueError, match='oracle.*vampnet'): evaluate.run(Config(baselines=('oracle',)), tmp_path/'r')
+    with pytest.raises(ValueError, match='seeds is 0'): evaluate.run(Config(seeds=0), tmp_path/'r')
+    assert not (tmp_path/'r').exists()
 
 
 def test_quick_is_smaller():
