@@ -6,7 +6,7 @@ Docs: https://foldbook.github.io/foldbook/systems.html.md"""
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'metropolis', 'solve_boundary', 'stationary', 'Rates', 'sample_chain', 'MarkovSystem', 'dw1d', 'lshape2d',
-           'persist1d', 'plot_system', 'given', 'martingale_defect', 'shoot', 'plot_lengths']
+           'persist1d', 'plot_system', 'given', 'history_committor', 'martingale_defect', 'shoot', 'plot_lengths']
 
 # %% ../nbs/10_systems.ipynb #c1dc897b
 from dataclasses import dataclass
@@ -277,6 +277,35 @@ def given(
     _, group = np.unique(seen, axis=0, return_inverse=True)
     group, pi = group.ravel(), system.stationary
     return (np.bincount(group, pi * system.committor) / np.bincount(group, pi))[group]
+
+# %% ../nbs/10_systems.ipynb #5166be9a
+@njit(cache=True)
+def _forward_filter(P, pi, q, group, members, first, seen):
+    "Mean of q over the belief at every frame; the microstates of group g are members[first[g]:first[g + 1]]."
+    r, belief = np.empty(len(seen)), pi.copy()
+    for t in range(len(seen)):
+        now = members[first[seen[t]]:first[seen[t] + 1]]
+        weight = pi[now] if t == 0 else np.zeros(len(now))
+        if t:
+            for j in members[first[seen[t - 1]]:first[seen[t - 1] + 1]]:
+                for k in range(len(now)): weight[k] += belief[j] * P[j, now[k]]
+        weight /= weight.sum()
+        belief[now] = weight
+        r[t] = (weight * q[now]).sum()
+    return r
+
+# %% ../nbs/10_systems.ipynb #5ca5fff4
+def history_committor(
+    system, # a `MarkovSystem`
+    paths, # microstates (T,) of each trajectory; only the columns named next are looked at, and the flags
+    columns=(0,), # coordinates that the observer sees
+) -> list: # float64 (T,) per trajectory
+    "Probability to reach B next given all that was seen so far, by the forward filter of a hidden Markov model (Baum et al. 1970)."
+    seen = np.column_stack([system.coordinates[:, list(columns)], system.states])
+    group = np.unique(seen, axis=0, return_inverse=True)[1].ravel()
+    members, first = np.argsort(group, kind='stable'), np.r_[0, np.cumsum(np.bincount(group))]
+    P, q = np.ascontiguousarray(system.transition), system.committor
+    return [_forward_filter(P, system.stationary, q, group, members, first, group[p]) for p in paths]
 
 # %% ../nbs/10_systems.ipynb #ac0022a5
 def martingale_defect(
