@@ -70,18 +70,48 @@ def _main(debug: Annotated[bool, typer.Option('--debug', help='Show the tracebac
           version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Print the version.')]=False):
     "Which one-dimensional coordinate describes folding, and is it true?"
 
-# %% ../nbs/61_command_line.ipynb #6d02d8a1
-def read_series(path # .npy, or text with one number a line
+# %% ../nbs/61_command_line.ipynb #1b54ad6b
+def _read_text(path):
+    "Columns of a text file, quickly; the error names the first line that is not numbers."
+    import pandas as pd
+    try: x = pd.read_csv(path, sep=r'\s+', header=None, comment='#', dtype='float64', engine='c').to_numpy()
+    except pd.errors.EmptyDataError: raise ValueError(f'{path}: is empty') from None
+    except (ValueError, UnicodeDecodeError) as e: raise ValueError(f'{path}: {_bad_line(path) or e}') from None
+    return x[:, 0] if x.shape[1] == 1 else x
+
+def _bad_line(path):
+    "Which line of a file is not numbers, or has another number of columns than the first."
+    columns = None
+    with open(path, errors='replace') as f:
+        for i, line in enumerate(f, 1):
+            words = line.split('#')[0].split()
+            try: [float(w) for w in words]
+            except ValueError: return f'line {i} cannot be read as numbers: {line.strip()[:60]!r}'
+            columns = columns or len(words)
+            if words and len(words) != columns: return f'line {i} has {len(words)} columns, the lines before have {columns}'
+
+# %% ../nbs/61_command_line.ipynb #0d84a05f
+def read_series(path # .npy, or text with one number a line; name:2 is the second column of a table
                ): # (T,)
-    "A time series from a file. Raises `FileNotFoundError`, or `ValueError` naming the file, when it is not one column of numbers."
+    "A time series from a file. Raises `FileNotFoundError`, or `ValueError` naming the file and line, when it is not one column of numbers."
     import numpy as np
-    path = Path(path)
+    name, _, column = str(path).rpartition(':')
+    path, column = (Path(name), int(column)) if name and column.isdigit() and not Path(path).exists() else (Path(path), None)
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
-    try: x = np.load(path, allow_pickle=False) if path.suffix == '.npy' else np.loadtxt(path, ndmin=1)
-    except (ValueError, EOFError, OSError) as e: raise ValueError(f'{path}: cannot be read as {"a .npy array" if path.suffix == ".npy" else "numbers"} ({e})') from None
+    _note(f'reading {path}', path.stat().st_size > 5e7)
+    try: x = np.load(path, allow_pickle=False) if path.suffix == '.npy' else _read_text(path)
+    except (EOFError, OSError) as e: raise ValueError(f'{path}: cannot be read ({e})') from None
+    except ValueError as e: raise ValueError(str(e) if str(path) in str(e) else f'{path}: cannot be read as a .npy array ({e})') from None
+    if column:
+        if x.ndim != 2 or column > x.shape[1]: raise ValueError(f'{path}: has shape {x.shape}, so there is no column {column}')
+        x = x[:, column - 1]
     x = np.squeeze(x) if x.ndim > 1 else x
-    if x.ndim != 1: raise ValueError(f'{path}: has shape {x.shape}; one number a frame is needed')
+    if x.ndim != 1: raise ValueError(f'{path}: has shape {x.shape}; one number a frame is needed (write {path}:2 for the second column)')
     return x
+
+def _note(message, show=True):
+    "What takes more than a moment is announced on stderr, where it does not disturb a script."
+    if show: print(message, file=sys.stderr, flush=True)
 
 # %% ../nbs/61_command_line.ipynb #2c94b2ef
 def _pair(coordinates, flags):
@@ -94,44 +124,85 @@ def _pair(coordinates, flags):
         if len(a) != len(b): raise ValueError(f'{p} has {len(a)} frames and {q} has {len(b)}: coordinate and flags must be of the same frames')
     return r, f
 
-# %% ../nbs/61_command_line.ipynb #010a8e7c
-def _print_zq(z, s):
-    "The table over lags and the summary."
+# %% ../nbs/61_command_line.ipynb #1a19cd8c
+def _with_conditions(coordinates, unfolded, folded):
+    "Series in any unit, their flags from two conditions on r, and the series mapped to probabilities."
+    from foldbook.committor import states_from
+    from foldbook.zq import as_probability
+    if not coordinates or not (unfolded and folded): raise ValueError('give the flags of the two states with --states, or both conditions on the series, such as --unfolded "r > 0.6" --folded "r < 0.2"')
+    r = [read_series(p) for p in coordinates]
+    flags = states_from([x[:, None] for x in r], ['r'], unfolded, folded)
+    _note('r is in its own unit: mapped to a probability by a monotone fit to the same frames before it is judged')
+    return as_probability(r, flags), flags
+
+# %% ../nbs/61_command_line.ipynb #1b05761f
+def _zq_rows(z):
+    "Heads and rows of the table over lags, as text; without a transition Z_q has no unit and T_max no value."
+    scale = z.n_ab or 1
+    columns = {'lag (frames)': z.lags, **{f'Z_q{"/N_AB" if z.n_ab else ""} {k}': getattr(z.zq, k)(1) / scale for k in ('mean', 'min', 'max')}}
+    for name, values in (('T_max', z.t_max_per_lag), ('T_sd', z.t_sd_per_lag), ('T_ne', z.t_ne_per_lag)):
+        if values is not None: columns[name] = values
+    return list(columns), [[str(int(k)), *(f'{v:.3f}' for v in row[:3]), *(f'{v:.2f}' for v in row[3:])] for k, *row in zip(*columns.values())]
+
+def _zq_summary(z, r, f):
+    "Frames, transitions, statistics with their error, and the verdict in one line."
+    from foldbook.zq import scores
+    error = f' +- {z.t_max_se:.2f}' if z.t_max_se == z.t_max_se else ''
+    parts = [f'{z.n_frames} frames', f'{z.n_ab:g} transitions A to B']
+    if z.t_max is not None: parts += [f'T_max {z.t_max:.2f}{error}', f'T_sd {z.t_sd:.2f}']
+    if z.t_ne is not None: parts += [f'T_ne {z.t_ne:.2f}']
+    try: s = scores(r, f); parts += [f'log-loss {s.log_loss:.4f}', f'AUC {s.auc:.4f}']
+    except ValueError: pass
+    return '   '.join([*parts, f'verdict: {z.verdict.label}'])
+
+def _print_zq(z, summary):
+    "The table over lags, the summary and the explanation."
+    import textwrap
     from rich.console import Console
     from rich.table import Table
-    table, scale = Table(title=None, box=None, pad_edge=False), z.n_ab
-    for c in ('lag (frames)', 'Z_q/N_AB mean', 'min', 'max', 'T_max', 'T_sd'): table.add_column(c, justify='right')
-    for k, zq, a, b in zip(z.lags, z.zq, z.t_max_per_lag, z.t_sd_per_lag):
-        table.add_row(str(int(k)), *(f'{v/scale:.3f}' for v in (zq.mean(), zq.min(), zq.max())), f'{a:.2f}', f'{b:.2f}')
+    from foldbook.zq import explain
+    heads, rows = _zq_rows(z)
+    table = Table(title=None, box=None, pad_edge=False)
+    for c in heads: table.add_column(c, justify='right')
+    for row in rows: table.add_row(*row)
     Console(width=100).print(table)
-    error = f' +- {z.t_max_se:.2f}' if z.t_max_se == z.t_max_se else ''
-    print(f'T_max {z.t_max:.2f}{error}   T_sd {z.t_sd:.2f}   N_AB {z.n_ab}   log-loss {s.log_loss:.4f}   AUC {s.auc:.4f}')
+    print(summary, textwrap.fill(explain(z), 118, break_on_hyphens=False), '', sep='\n')
 
-# %% ../nbs/61_command_line.ipynb #817e4654
-@app.command(cls=_Lists, epilog='Example: [bold]foldbook zq rc0.npy rc1.npy --states flags0.npy flags1.npy[/bold]')
-def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.npy...', help='Series of the coordinate, one file a trajectory: .npy or text, 0 on A and 1 on B.')]=None,
-       states: Annotated[list[str], typer.Option('--states', help='Flags of the same frames: 0 in A, 1 in B, -1 elsewhere.')]=...,
+# %% ../nbs/61_command_line.ipynb #5391e951
+@app.command(cls=_Lists, epilog='Example: [bold]foldbook zq rc0.npy rc1.npy --states flags0.npy flags1.npy[/bold]; without flags: [bold]foldbook zq rmsd.txt --unfolded "r > 0.6" --folded "r < 0.2"[/bold]')
+def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.npy...', help='Series of the coordinate, one file a trajectory: .npy or text (file:2 for the second column), 0 on A and 1 on B.')]=None,
+       states: Annotated[Optional[list[str]], typer.Option('--states', help='Flags of the same frames: 0 in A, 1 in B, -1 elsewhere.')]=None,
+       unfolded: Annotated[str, typer.Option(help='Instead of flags: condition for A on the series, which is called r; the series may then be in any unit.')]='',
+       folded: Annotated[str, typer.Option(help='Instead of flags: condition for B, such as "r < 0.2".')]='',
+       lengths: Annotated[int, typer.Option(help='Frames granted to trajectories that were stopped on reaching A or B; 0: none was stopped.')]=0,
        max_lag: Annotated[int, typer.Option(help='End of the ladder of lags, frames; 0 lets the data decide.')]=0,
-       bootstrap: Annotated[int, typer.Option(help='Resampled sets of cycles for the error bar.')]=100,
+       bootstrap: Annotated[int, typer.Option(help='Resampled sets of cycles (of short trajectories) for the error bar.')]=100,
        seed: Annotated[int, typer.Option(help='Of the resampling.')]=0,
        figure: Annotated[Optional[Path], typer.Option(help='Write the Z_q figure to this png.')]=None,
+       report: Annotated[Optional[Path], typer.Option(help='Write a page (html) that explains the result.')]=None,
        json_file: Annotated[Optional[Path], typer.Option('--json', help='Write every number to this file.')]=None):
     "Judge a coordinate of any program: is it the committor?"
+    import warnings
     import numpy as np
-    from foldbook.zq import profile, scores
-    r, f = _pair(_expand(coordinates or []), _expand(states))
-    z = profile(r, f, lags=2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None, n_bootstrap=bootstrap, seed=seed)
-    if z.t_max is not None: _print_zq(z, scores(r, f))
+    from foldbook.zq import profile
+    warnings.showwarning = lambda message, *_: _note(f'warning: {message}')
+    r, f = _pair(_expand(coordinates or []), _expand(states)) if states else _with_conditions(_expand(coordinates or []), unfolded, folded)
+    _note(f'resampling {bootstrap} times', bootstrap and sum(map(len, r)) > 2e6)
+    z = profile(r, f, lags=2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None, n_bootstrap=bootstrap, seed=seed, lengths=lengths or None)
+    summary = _zq_summary(z, r, f)
+    _print_zq(z, summary)
     if json_file: _write_zq_json(json_file, z)
     if figure: _write_zq_figure(figure, z)
+    if report: _write_zq_report(report, z, summary, coordinates)
     print(z.verdict)
     raise typer.Exit(0 if z.verdict.passed else 1)
 
-# %% ../nbs/61_command_line.ipynb #8222bad1
+# %% ../nbs/61_command_line.ipynb #f53a909c
 def _write_zq_json(path, z):
     import json
     from foldbook.committor import replacing
-    replacing(path, lambda p: p.write_text(json.dumps(z.to_dict())))
+    from foldbook.zq import explain
+    replacing(path, lambda p: p.write_text(json.dumps(z.to_dict() | {'explanation': explain(z)})))
 
 def _write_zq_figure(path, z):
     import matplotlib
@@ -141,7 +212,33 @@ def _write_zq_figure(path, z):
     with plt.style.context('petroff10'):
         fig, ax = plt.subplots(figsize=(7, 3.5), layout='constrained')
         plot_zq(z, ax=ax)
-        fig.savefig(path, dpi=130)
+        fig.savefig(path, dpi=130, format='png')
+        plt.close(fig)
+
+# %% ../nbs/61_command_line.ipynb #00ff3a77
+_PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><title>Is it the committor?</title>
+<style>body{{font:16px/1.5 sans-serif;max-width:52em;margin:2em auto;padding:0 1em}}td,th{{text-align:right;padding:.1em .8em}}img{{max-width:100%}}</style>
+<h1>Is it the committor? <em>{label}</em></h1><p>{files}</p><p><strong>{explanation}</strong></p><p>{reason}</p>{figure}
+<h2>How to read this</h2>
+<p>The committor is the probability that the molecule, as it stands in a frame, reaches state B before state A. It is the best possible description of progress by one number. If a coordinate is the committor, betting on it is a fair game: over any span of time
+it gains as often as it loses. Z_q adds up these gains and losses over all frames, sorted by the coordinate. For a fair game the curve is level, at the number N_AB of transitions from A to B, for every span (lag); the grey band holds 95 % of the curves of true committors.</p>
+<p>Above one at short lags: the coordinate moves too much (something slow is missing, or noise). Below one: it moves too little (averaging). Tilted or bent: its values are not probabilities. T_max is the largest distance from one in units of chance; up to {limit:g} may be chance.</p>
+<h2>The numbers</h2><p>{summary}</p><table>{table}</table></html>
+'''
+
+def _write_zq_report(path, z, summary, files):
+    "One self-contained page."
+    import base64, html, io
+    from foldbook.committor import replacing
+    from foldbook.zq import LIMIT, explain
+    picture = io.BytesIO()
+    if z.n_ab: _write_zq_figure(picture, z)
+    heads, rows = _zq_rows(z)
+    line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
+    page = _PAGE.format(label='yes' if z.verdict.passed else html.escape('no: ' + z.verdict.label), files=html.escape(', '.join(map(str, files or []))), explanation=html.escape(explain(z)),
+                        reason=html.escape(str(z.verdict)), figure=f'<p><img alt="Z_q over N_AB along the coordinate" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"></p>' if z.n_ab else '',
+                        limit=LIMIT, summary=html.escape(summary), table=line(heads, 'th') + ''.join(line(r, 'td') for r in rows))
+    replacing(path, lambda p: p.write_text(page))
 
 # %% ../nbs/61_command_line.ipynb #4a84c80c
 def _console():
@@ -160,7 +257,7 @@ def _print_board(table):
         style = 'dim' if r['in_sample'] else 'bold green' if r['passed'] and r['chosen'] else 'bold' if r['chosen'] else None
         board.add_row(*(cells(r)[i] for i in keep), style=style)
     from rich.console import Console
-    Console(width=max(130, Console().width)).print(board)
+    Console(width=max(180 if table.seeds.max() > 1 else 130, Console().width)).print(board)
 
 # %% ../nbs/61_command_line.ipynb #701ef896
 @app.command(cls=_Lists, epilog='''Examples: [bold]foldbook run[/bold] takes the shipped villin data (about four minutes on two cores).

@@ -104,6 +104,14 @@ def series(tmp_path_factory):
     np.save(home/'interior.npy', np.full(60_000, -1))
     np.save(home/'three.npy', np.full(60_000, 3))
     (home/'words.txt').write_text('not a number\n')
+    (home/'bad.txt').write_text('# q\n0.1\n0.2\noops\n0.3\n')
+    (home/'ragged.txt').write_text('0 0.1\n1 0.2\n2 0.3 7\n')
+    (home/'empty.txt').write_text('')
+    p = system.sample(60_000, 1, seed=5)[0]
+    x, s = system.coordinates[p, 0], system.states[p]
+    (home/'colvar').write_text('#! FIELDS time q\n' + ''.join(f'{0.2*t:.1f} {v:.6f}\n' for t, v in enumerate(system.committor[p])))
+    np.savetxt(home/'colvar_flags.txt', s)
+    np.save(home/'raw.npy', 10 - 3*x)  # in a unit of its own, and falling from A to B
     return home
 
 
@@ -119,7 +127,7 @@ def test_zq_verdict_and_exit_code(line, code, words, series, inside):
     assert done.returncode == code, done.stdout + done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith(words) and 'T_max' in last
-    assert re.search(r'T_max \d+\.\d\d \+- \d+\.\d\d +T_sd \d+\.\d\d +N_AB \d+', done.stdout)
+    assert re.search(r'\d+ frames +\d+ transitions A to B +T_max \d+\.\d\d \+- \d+\.\d\d +T_sd \d+\.\d\d .* verdict: \w+', done.stdout)
 
 
 @pytest.mark.parametrize('line, words', [
@@ -131,7 +139,14 @@ def test_zq_verdict_and_exit_code(line, code, words, series, inside):
     ('short.npy --states f0.npy', ['short.npy', '59999', '60000']),
     ('nan.npy --states f0.npy', ['77']),
     ('two.npy --states f0.npy', ['two.npy', '(60000, 2)']),
-    ('words.txt --states f0.npy', ['words.txt']),
+    ('words.txt --states f0.npy', ['words.txt', 'line 1', 'not a number']),
+    ('bad.txt --states f0.npy', ['bad.txt', 'line 4', 'oops']),
+    ('ragged.txt --states f0.npy', ['ragged.txt', 'line 3', '3 columns']),
+    ('empty.txt --states f0.npy', ['empty.txt', 'empty']),
+    ('colvar --states colvar_flags.txt', ['colvar:2']),
+    ('colvar:3 --states colvar_flags.txt', ['colvar', 'no column 3']),
+    ('raw.npy --folded "r>1"', ['--unfolded', '--states']),
+    ('q0.npy --states f0.npy --lengths 100', ['60000', '100']),
     ('q0.npy --states three.npy', ['3']),
     ('q0.npy --states f0.npy --max-lag 70000', ['65536', '60000'])])
 def test_zq_bad_input(line, words, series, inside):
@@ -148,6 +163,39 @@ def test_zq_writes_json_and_figure(series, inside):
     assert inside('zq', 'q0.npy', '--states', 'f0.npy', '--json', 'z.json', '--figure', 'z.png', cwd=series).returncode == 0
     assert 't_max' in json.dumps(json.loads((series/'z.json').read_text()))
     assert (series/'z.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+
+
+def test_zq_reads_a_column_of_a_table(series, inside):
+    done = inside('zq', 'colvar:2', '--states', 'colvar_flags.txt', '--bootstrap', '0', cwd=series)
+    assert done.returncode == 0 and 'verdict: pass' in done.stdout
+    from foldbook.cli import read_series
+    np.testing.assert_allclose(read_series(series/'colvar:1')[:3], [0, 0.2, 0.4])
+
+
+def test_zq_makes_flags_from_conditions_in_any_unit(series, inside):
+    done = inside('zq', 'raw.npy', '--unfolded', 'r > 12.5', '--folded', 'r < 7.5', '--json', 'raw.json', cwd=series)
+    assert done.returncode == 1 and 'monotone fit' in done.stderr
+    found = json.loads((series/'raw.json').read_text())
+    assert found['verdict']['label'] == 'missing slow variable' and found['n_ab'] > 10
+    assert found['explanation'].count('. ') == 1 and found['explanation'].endswith('.')
+
+
+def test_zq_report_is_one_page_that_explains(series, inside):
+    assert inside('zq', 'x0.npy', '--states', 'f0.npy', '--report', 'z.html', '--bootstrap', '0', cwd=series).returncode == 1
+    page = (series/'z.html').read_text()
+    HTMLParser().feed(page)
+    for words in ('How to read this', 'fair game', 'data:image/png;base64,', 'x0.npy', 'missing slow variable', '<table>'): assert words in page
+    assert 'http' not in page
+
+
+def test_zq_of_short_stopped_trajectories(tmp_path, inside):
+    system = lshape2d()
+    start = (system.states < 0)/(system.states < 0).sum()
+    for i, p in enumerate(system.sample(33, 300, 3, 'absorbed', start=start)):
+        np.save(tmp_path/f'q{i:03d}.npy', system.committor[p]); np.save(tmp_path/f'f{i:03d}.npy', system.states[p])
+    done = inside('zq', 'q*.npy', '--states', 'f*.npy', '--lengths', '33', cwd=tmp_path)
+    assert done.returncode == 0 and 'T_ne' in done.stdout and 'warning' not in done.stderr, done.stdout + done.stderr
+    assert 'warning: trajectories end whenever they arrive' in inside('zq', 'q*.npy', '--states', 'f*.npy', cwd=tmp_path).stderr
 
 
 def test_debug_shows_the_traceback(series):
