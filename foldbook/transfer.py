@@ -8,7 +8,7 @@ Docs: https://foldbook.github.io/foldbook/transfer.html.md"""
 __all__ = ['RESIDUE', 'MOLECULE', 'neighbours', 'ResidueTokens', 'Protein', 'load_protein', 'TokenWindows', 'ResidueBody',
            'ResidueNetwork', 'committor_of', 'ResidueOptions', 'ResidueStudent']
 
-# %% ../nbs/47_transfer.ipynb #bf5b8efe
+# %% ../nbs/47_transfer.ipynb #26bceb50
 import json, math, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -286,43 +287,40 @@ def _train(student, network, windows, states, validation, progress):
     network.load_state_dict(model.log_book['best'])
     return model.log_book
 
-# %% ../nbs/47_transfer.ipynb #9c4d6ef1
+# %% ../nbs/47_transfer.ipynb #a6799968
 class _Stored:
     "Saving and loading."
     def save(self,
         directory, # created if absent
     ) -> None:
-        "Weights as safetensors, everything else as json."
+        "Write `residues.safetensors`."
         if self.network is None: raise ValueError('this student has not been trained; call fit first')
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
         tensors = {f'network.{k}': v.contiguous() for k, v in self.network.state_dict().items()} | {k: torch.from_numpy(getattr(self, k)) for k in ('mean', 'scale', 'pace')}
-        card = dict(options=asdict(self), channels=self.mean.shape[1], seconds=self.seconds, history=self.history)
-        replacing(directory / 'residues.safetensors', lambda p: save_file(tensors, str(p)))
-        replacing(directory / 'residues.json', lambda p: p.write_text(json.dumps(card, indent=1)))
+        card = json.dumps(dict(options=asdict(self), seconds=self.seconds, history=self.history))
+        replacing(Path(directory) / 'residues.safetensors', lambda p: save_file(tensors, str(p), dict(card=card)))
 
     @classmethod
     def load(cls,
         directory, # written by `save`
     ) -> 'ResidueStudent':
         "Read a student back; raises `FileNotFoundError` if the directory holds none."
-        directory = Path(directory)
-        if not (directory / 'residues.json').exists(): raise FileNotFoundError(f'{directory} has no residues.json; give the directory that ResidueStudent.save wrote')
-        card, tensors = json.loads((directory / 'residues.json').read_text()), load_file(str(directory / 'residues.safetensors'))
+        path = Path(directory) / 'residues.safetensors'
+        if not path.exists(): raise FileNotFoundError(f'{directory} has no {path.name}; give the directory that ResidueStudent.save wrote')
+        with safe_open(str(path), 'pt') as f: card, tensors = json.loads(f.metadata()['card']), {k: f.get_tensor(k) for k in f.keys()}
         self = cls(**card['options'])
         self.mean, self.scale, self.pace = (tensors.pop(k).numpy() for k in ('mean', 'scale', 'pace'))
         self.network = self._network({k.removeprefix('network.'): v for k, v in tensors.items()})
         self.seconds, self.history = card['seconds'], card['history']
         return self
 
-# %% ../nbs/47_transfer.ipynb #9cfe8194
-class ResidueStudent(ResidueOptions, _Stored):
-    "A committor for proteins of any length, from causal windows of residue tokens."
+# %% ../nbs/47_transfer.ipynb #445958c3
+class _Built(ResidueOptions):
+    "What a student makes from its options."
     @property
     def n_parameters(self): return sum(p.numel() for p in self.network.parameters())
 
     def _network(self, weights=None):
-        "A network with new weights, or with given ones; the global random state is left alone."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = ResidueNetwork(self.mean.shape[1] * self.window, self.hidden, self.layers, self.heads, self.dropout)
@@ -334,6 +332,9 @@ class ResidueStudent(ResidueOptions, _Stored):
         if min(every) < 1: raise ValueError(f'every={every}; the window needs steps of at least one frame')
         return TokenWindows([[x if self.layers else x[:, :1] for x in X] for X in ensembles], self.mean, self.scale, self.pace, self.window, every)
 
+# %% ../nbs/47_transfer.ipynb #5e35972e
+class ResidueStudent(_Built, _Stored):
+    "A committor for proteins of any length, from causal windows of residue tokens."
     def fit(self,
         tokens, # for each protein, float32 (T, 1 + N, C) per trajectory
         states, # for each protein, int8 (T,) per trajectory: 0 in A, 1 in B, -1 elsewhere
