@@ -8,7 +8,7 @@ Docs: https://foldbook.github.io/foldbook/zq.html.md"""
 __all__ = ['LIMIT', 'excursions', 'log_edges', 'nominal_lengths', 'mean_transition_path', 'default_lags', 'Verdict', 'ZqResult',
            'cut_profiles', 'plot_zq', 'lag_windows', 'cut_profile', 'measure_law', 'law', 'is_short', 'cycle_bootstrap',
            'Scores', 'scores', 'paired_log_loss', 'calibration', 'plot_calibration', 'error_budget', 'studentised',
-           'regular', 'TauProfile', 'profile_tau', 'judge', 'profile', 'explain']
+           'regular', 'TauProfile', 'profile_tau', 'as_probability', 'judge', 'profile', 'explain']
 
 # %% ../nbs/41_zq.ipynb #d0209281
 import math, warnings
@@ -706,6 +706,21 @@ def _isotonic(r, states, n_bins=1000):
     first = fit.blocks[:-1]
     centre = np.add.reduceat(mean(value) * n[full], first) / np.add.reduceat(n[full], first)
     return clamp([np.interp(x, np.r_[0, centre, 1], np.r_[0, fit.x[first], 1]) for x in r], states)
+
+# %% ../nbs/41_zq.ipynb #c63e3973
+def as_probability(
+    r, # a coordinate in any unit, (T,) per trajectory
+    states, # flags of the same frames, both states visited
+) -> list: # float64 (T,) between 0 and 1, exactly 0 on A and 1 on B
+    "The monotone map of a coordinate that forecasts the outcomes best; raises `ValueError` when a state, or everything between, is missing."
+    r, states = check_coordinate(r, states)
+    inside = np.concatenate([x[s < 0] for x, s in zip(r, states)])
+    if not len(inside): raise ValueError('no frame lies between the states, so there is nothing to map')
+    low, high = np.quantile(inside, [0.001, 0.999])
+    a, b = (np.mean(np.concatenate([x[s == k] for x, s in zip(r, states)])) for k in (0, 1))
+    if low == high or a == b: raise ValueError('the coordinate does not tell A from B, or does not vary between them')
+    if a > b: low, high = high, low
+    return _isotonic([np.clip((x - low) / (high - low), 0, 1) for x in r], states)
 
 # %% ../nbs/41_zq.ipynb #c72aee7f
 def _beta(r, states):
