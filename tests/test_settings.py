@@ -16,6 +16,7 @@ def test_settings_ini_migrates_to_our_pyproject(tmp_path):
     new = tomllib.loads((ROOT/'pyproject.toml').read_text())
     extras = new['project']['optional-dependencies']
     assert extras.pop('docs') == ['quarto-cli']  # settings.ini knows one extra only
+    assert set(extras.pop('export')) <= set(extras['dev'])  # onnx and its runtime, of chapter 48
     assert old['project'] == new['project']
     assert old['tool']['nbdev'].items() <= new['tool']['nbdev'].items()
 
