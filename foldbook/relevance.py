@@ -6,7 +6,8 @@ Docs: https://foldbook.github.io/foldbook/relevance.html.md"""
 
 # %% auto #0
 __all__ = ['LogOdds', 'raw_windows', 'transition_frames', 'gradients', 'Attributions', 'integrated_gradients',
-           'permutation_importance', 'plot_importance', 'in_steps', 'attention_layer', 'attention']
+           'permutation_importance', 'plot_importance', 'in_steps', 'attention_layer', 'attention', 'residue_groups',
+           'residue_values', 'contact_matrix', 'plot_chain', 'plot_contact_map', 'view_structure']
 
 # %% ../nbs/46_relevance.ipynb #26130ee7
 import copy
@@ -94,7 +95,7 @@ class Attributions(NamedTuple):
     @property
     def by_frame(self): return self.values.sum(2) # (n, W), oldest first
 
-# %% ../nbs/46_relevance.ipynb #0944cb10
+# %% ../nbs/46_relevance.ipynb #f3f84b55
 def _gap(values, output, start):
     "Largest error of the sum rule, relative to the mean difference that is distributed."
     rise = output - start
@@ -102,8 +103,10 @@ def _gap(values, output, start):
 
 def _start(features, states, frames, baseline):
     "Baseline of each frame, (n, 1, F)."
-    if not isinstance(baseline, str): return np.broadcast_to(np.asarray(baseline, float), (len(frames), 1, features[0].shape[1]))
     x, s = np.concatenate(features), np.concatenate(states)
+    if not isinstance(baseline, str):
+        if np.shape(baseline) != x.shape[1:]: raise ValueError(f'baseline has shape {np.shape(baseline)}; one frame of {x.shape[1]} features is needed')
+        return np.tile(np.asarray(baseline, float), (len(frames), 1, 1))
     if baseline not in ('A', 'B', 'last'): raise ValueError(f'baseline={baseline!r} is not known; choose A, B, last, or give the (F,) features of a frame')
     came = np.concatenate(previous_outcomes(states))[frames] if baseline == 'last' else np.full(len(frames), 'AB'.index(baseline))
     if np.isnan(came).any(): raise ValueError('some frames come before the first visit to A or B, so they left no state; choose others, or baseline="A"')
@@ -240,3 +243,92 @@ def attention(
             rows.append(share[:, :, -1])
         found.append(torch.stack(rows, 1))
     return torch.stack(found, 1).numpy()
+
+# %% ../nbs/46_relevance.ipynb #7da14d2e
+def residue_groups(
+    description, # `features.Features`
+) -> dict: # residue, such as PHE10 -> columns
+    "For each residue the columns that stand on two atoms, one of them its own; in the order of the chain."
+    pairs = {k: [a.rsplit('-', 1)[0] for a in atoms] for k, atoms in enumerate(description.atoms) if len(atoms) == 2}
+    number = lambda residue: (residue.rpartition(':')[0], int(''.join(c for c in residue.rpartition(':')[2].partition('#')[0][1:] if c.isdigit()) or 0))
+    return {r: [k for k, p in pairs.items() if r in p] for r in sorted({r for p in pairs.values() for r in p}, key=number)}
+
+# %% ../nbs/46_relevance.ipynb #abbd820f
+def residue_values(
+    table: pd.Series, # by residue, as `residue_groups` calls them
+    native: md.Trajectory,
+) -> np.ndarray: # (n,) one value per C-alpha, 0 where the table says nothing
+    "Importance along the chain; raises `KeyError` for a residue that is not there."
+    ca = list(ca_atoms(native.topology))
+    values = np.zeros(len(ca))
+    for residue, value in table.items(): values[ca.index(find_atoms(native.topology, [f'{residue}-CA'])[0])] = value
+    return values
+
+def contact_matrix(
+    values: np.ndarray, # (F,) one per column
+    description, # `features.Features` whose columns stand on two C-alphas each
+    native: md.Trajectory,
+) -> np.ndarray: # (n, n) symmetric; nan where there is no contact
+    "Values of contacts at their place in the chain; columns of the same pair are added."
+    ca = {int(a): k for k, a in enumerate(ca_atoms(native.topology))}
+    matrix = np.full((len(ca), len(ca)), np.nan)
+    for value, atoms in zip(values, description.atoms):
+        if len(atoms) != 2: continue
+        i, j = (ca[int(a)] for a in find_atoms(native.topology, atoms))
+        matrix[i, j] = matrix[j, i] = np.nan_to_num(matrix[i, j]) + value
+    return matrix
+
+# %% ../nbs/46_relevance.ipynb #7c9f34f0
+def plot_chain(
+    native: md.Trajectory,
+    values: np.ndarray, # (n,) one per C-alpha
+    label: str = 'importance',
+    n_names: int = 5, # residues that are named
+    ax=None, # three-dimensional axes
+):
+    "The C-alpha trace, residues coloured and sized by value; returns the axes."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(5, 4.2), subplot_kw=dict(projection='3d'), layout='constrained')[1]
+    atoms = ca_atoms(native.topology)
+    xyz = native.xyz[0, atoms]
+    xyz = (xyz - xyz.mean(0)) @ np.linalg.svd(xyz - xyz.mean(0), full_matrices=False)[2].T # longest axis across
+    size = np.clip(values, 0, None) / max(np.max(values), 1e-12)
+    ax.plot(*xyz.T, color='0.6', lw=2)
+    dots = ax.scatter(*xyz.T, c=values, s=20 + 180 * size, cmap='viridis', edgecolor='k', lw=.5, depthshade=False)
+    for k in np.argsort(-values)[:n_names]: ax.text(*xyz[k], f'  {native.topology.atom(int(atoms[k])).residue}', fontsize=8, zorder=99)
+    ax.figure.colorbar(dots, ax=ax, label=label, shrink=.7, pad=.1)
+    ax.set(xlabel='nm', box_aspect=np.ptp(xyz, 0)); ax.view_init(75, -90); ax.set_zticks([])
+    return ax
+
+# %% ../nbs/46_relevance.ipynb #604fb459
+def plot_contact_map(
+    matrix: np.ndarray, # (n, n) of `contact_matrix`
+    largest: float | None = None, # of the colour scale; None: of the values
+    ax=None,
+):
+    "Values of contacts on the map of the chain, 0 in the middle of the colours; returns the image."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(4, 3.5), layout='constrained')[1]
+    largest, n = largest or np.nanmax(np.abs(matrix)), len(matrix)
+    ax.set_facecolor('0.85') # where there is no contact
+    image = ax.imshow(matrix, cmap='PuOr_r', vmin=-largest, vmax=largest, origin='lower', extent=(.5, n + .5, .5, n + .5))
+    ax.set(xlabel='residue', ylabel='residue')
+    return image
+
+# %% ../nbs/46_relevance.ipynb #78ed1e77
+def view_structure(
+    native: md.Trajectory,
+    values: np.ndarray, # (n,) one per C-alpha
+): # `nglview.NGLWidget`; needs the package nglview
+    "The structure in the browser, coloured by value; blue is low, red is high."
+    import nglview
+    scaled = np.zeros(native.n_atoms)
+    place = {native.topology.atom(int(a)).residue.index: v for a, v in zip(ca_atoms(native.topology), 99 * np.clip(values, 0, None) / max(np.max(values), 1e-12))}
+    for atom in native.topology.atoms: scaled[atom.index] = place.get(atom.residue.index, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        native[0].save_pdb(f'{folder}/native.pdb', bfactors=scaled)
+        text = Path(f'{folder}/native.pdb').read_text()
+    view = nglview.NGLWidget(nglview.TextStructure(text, ext='pdb'))
+    view.clear_representations()
+    view.add_representation('backbone', colorScheme='bfactor', radius=.3)
+    return view
