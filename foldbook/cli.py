@@ -257,7 +257,7 @@ def _print_board(table):
         style = 'dim' if r['in_sample'] else 'bold green' if r['passed'] and r['chosen'] else 'bold' if r['chosen'] else None
         board.add_row(*(cells(r)[i] for i in keep), style=style)
     from rich.console import Console
-    Console(width=max(180 if table.seeds.max() > 1 else 130, Console().width)).print(board)
+    Console(width=max(180 if 'seeds' in table and table.seeds.max() > 1 else 130, Console().width)).print(board)
 
 # %% ../nbs/61_command_line.ipynb #701ef896
 @app.command(cls=_Lists, epilog='''Examples: [bold]foldbook run[/bold] takes the shipped villin data (about four minutes on two cores).
