@@ -188,7 +188,7 @@ class Recurrent(nn.Module):
         self.width = 2 * hidden
     def forward(self, x): return torch.cat([self.lstm(x)[0][:, -1], self.present(x[:, -1])], -1) # (B, W, C) -> (B, width)
 
-# %% ../nbs/42_distillation.ipynb #088df95c
+# %% ../nbs/42_distillation.ipynb #30389fb8
 class Attentive(nn.Module):
     "A Transformer whose last token looks back over the window, with the present frame handed past it (Vaswani et al. 2017)."
     def __init__(self, n_inputs, hidden, dropout, window, heads=2, layers=1):
@@ -199,7 +199,13 @@ class Attentive(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.present = nn.Sequential(nn.Linear(n_inputs, hidden), nn.SiLU())
         self.width = 2 * hidden
-    def forward(self, x): return torch.cat([self.encoder(self.embed(x) + self.place)[:, -1], self.present(x[:, -1])], -1)
+    def forward(self, x): # (B, W, C) -> (B, width)
+        h, (*below, top) = self.embed(x) + self.place, self.encoder.layers
+        for layer in below: h = layer(h)
+        n, token = top.norm1(h), h[:, -1:] # of the last layer only the present token is needed
+        token = token + top.dropout1(top.self_attn(n[:, -1:], n, n, need_weights=False)[0])
+        token = token + top.dropout2(top.linear2(top.dropout(top.activation(top.linear1(top.norm2(token))))))
+        return torch.cat([token[:, 0], self.present(x[:, -1])], -1)
 
 # %% ../nbs/42_distillation.ipynb #9c673df9
 ARCHITECTURES = {'mlp': Memoryless, 'lstm': Recurrent, 'transformer': Attentive}
@@ -418,7 +424,7 @@ def _judge(network, validation):
     t_max = float('nan') if t_max is None else float(t_max)
     return dict(log_loss=log_loss, t_max=t_max, score=float(selection_score(log_loss, t_max)))
 
-# %% ../nbs/42_distillation.ipynb #2688eadf
+# %% ../nbs/42_distillation.ipynb #0eda7ff7
 @njit(cache=True)
 def martingale_equations(
     tests, # float64 (T, n) functions that the increments are made orthogonal to
@@ -428,7 +434,7 @@ def martingale_equations(
     lam, # of the eligibility traces
 ): # (n, m) and (n,): A and b of A @ alpha + b = 0
     "Least-squares temporal difference, summed over one trajectory (Bradtke and Barto 1996, Boyan 2002); trials count as 0 on the boundary."
-    A, b, trace = np.zeros((tests.shape[1], trials.shape[1])), np.zeros(tests.shape[1]), np.zeros(tests.shape[1])
+    A, b, trace = np.zeros((trials.shape[1], tests.shape[1])), np.zeros(tests.shape[1]), np.zeros(tests.shape[1])
     for t in range(len(r) - 1):
         if flags[t] >= 0:
             trace[:] = 0
@@ -437,17 +443,18 @@ def martingale_equations(
         b += trace * (r[t + 1] - r[t])
         for j in range(trials.shape[1]):
             step = (trials[t + 1, j] if flags[t + 1] < 0 else 0.) - trials[t, j]
-            A[:, j] += trace * step
-    return A, b
+            if step != 0:
+                for i in range(len(trace)): A[j, i] += trace[i] * step
+    return A.T.copy(), b
 
-# %% ../nbs/42_distillation.ipynb #36861442
+# %% ../nbs/42_distillation.ipynb #f5040691
 def solve_head(
     network: nn.Module, # a `CommittorNetwork`; its last layer is changed
     windows: Windows, # training frames
     states: list, # int8 (T,) per trajectory
     lam: float = 0.5, # as in the martingale loss
     ridge: float = 1e-3, # of the change, relative to the diagonal of the equations
-    steps: int = 6, # of Newton's method
+    steps: int = 4, # of Newton's method
 ) -> None:
     "Make the increments of the committor orthogonal to what the last layer reads: LSTD for a sigmoid, by Newton's method."
     phi = hidden_layer(network, windows)

@@ -316,12 +316,12 @@ EXTRAS = {'variational and martingale': dict(loss='variational', martingale_weig
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_every_loss_finds_the_committor(name):
     "Memoryless students that see the whole state, on the three systems; the functional needs reversible dynamics."
-    X, S, q = data(SYSTEMS[name](), 30_000, 4, seed=5)
+    X, S, q = data(SYSTEMS[name](), 25_000, 4, seed=5)
     reversible = name != 'persist1d'
     recipes = {loss: (dict(loss=loss), bound) for loss, bound in RECIPES.items()} | {label: (options, .06) for label, options in EXTRAS.items()}
     for label, (options, bound) in recipes.items():
         if 'variational' in label and not reversible: continue
-        student = Student('mlp', hidden=16, learning_rate=.01, max_epochs=12, batch_size=1024, **options).fit(X[:3], S[:3], q[:3], progress=False)
+        student = Student('mlp', hidden=16, learning_rate=.01, max_epochs=10, batch_size=1024, **options).fit(X[:3], S[:3], q[:3], progress=False)
         assert rmse(student, X[3:], S[3:], q[3:]) < bound, label
 
 
