@@ -274,12 +274,14 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
         max_lag: Annotated[int, typer.Option(help='End of the Z_q ladder of lags, frames; 0: ten mean transition paths.')]=0,
         out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Run directory. [default: runs/default, or runs/quick]')]=None,
         seed: Annotated[int, typer.Option(help='Of every random number.')]=0,
+        stride: Annotated[int, typer.Option(help='Read every so many-th frame; lags are then in units of that.')]=1,
         seeds: Annotated[int, typer.Option(help='How many times whatever is learned is learned, with this and the following seeds; the table shows median and range.')]=1,
         split_seed: Annotated[Optional[int], typer.Option(help='Shuffle the trajectories before the split; without it the last ones test.')]=None,
         students: Annotated[str, typer.Option(help='architecture:loss, separated by commas. [default: see the configuration]')]='',
         baselines: Annotated[str, typer.Option(help='Rivals, separated by commas; none for none. [default: logistic,msm,vampnet,srv]')]='',
         devices: Annotated[str, typer.Option(help='Accelerators for training, as Lightning takes them.')]='auto',
         workers: Annotated[int, typer.Option(help='Students and baselines trained at a time; 0: one a core.')]=0,
+        scheduler: Annotated[str, typer.Option(help='Address of a Dask scheduler that computes the features; without it, this process.')]='',
         quick: Annotated[bool, typer.Option('--quick', help='A taste in about a minute: fewer frames, shorter training.')]=False,
         shooting: Annotated[str, typer.Option(help='npz of foldbook shoot, for the error to the true committor.')]='',
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Remove a run with other settings first.')]=False,
@@ -288,10 +290,10 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
     from foldbook import evaluate
     settings = dict(data=data, trajectories=tuple(_expand(traj or [])), topology=top or '', native=native, features=features, periodic=periodic, unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
                     split_seed=split_seed, seed=seed, shooting=shooting) | (dict(students=tuple(students.split(','))) if students else {})
-    settings |= dict(seeds=seeds) | (dict(baselines=() if baselines == 'none' else tuple(baselines.split(','))) if baselines else {})
+    settings |= dict(seeds=seeds, stride=stride) | (dict(baselines=() if baselines == 'none' else tuple(baselines.split(','))) if baselines else {})
     config = evaluate.quick(**settings) if quick else evaluate.Config(**settings)
     out = out or Path('runs')/('quick' if quick else 'default')
-    table = evaluate.run(config, out, overwrite, devices, workers, say=_console().print)
+    table = evaluate.run(config, out, overwrite, devices, workers, _client(scheduler), say=_console().print)
     _print_board(table)
     print(f'\nreport: {out}/report.html')
     if readme: evaluate.write_readme(out, readme, readme.parent/'nbs'/'images'/'zq.png')

@@ -11,9 +11,10 @@ __all__ = ['SPREAD', 'COLUMNS', 'SHORT', 'LEGEND', 'Split', 'split', 'shooting_e
            'figure_calibration', 'free_energy', 'figure_free_energy', 'figure_series', 'figure_learning',
            'figure_shooting', 'cells', 'write_report', 'run', 'read_leaderboard', 'markdown_table', 'write_readme']
 
-# %% ../nbs/60_evaluation.ipynb #f88374c0
+# %% ../nbs/60_evaluation.ipynb #177bd67b
 import base64, hashlib, importlib.metadata, json, os, platform, re, shutil, time
 from dataclasses import dataclass, field, asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -180,7 +181,7 @@ def _pm(x, e, digits=1, seeds=()):
     low, high = (f'{f(seeds):.{digits}f}' if len(seeds) > 1 else '' for f in (min, max))
     return f'{x:.{digits}f}' + (f' ± {e:.{digits}f}' if e is not None and np.isfinite(e) else '') + (f' ({low}–{high})' if low else '')
 
-# %% ../nbs/60_evaluation.ipynb #177ed476
+# %% ../nbs/60_evaluation.ipynb #7a11ff35
 @dataclass
 class Config:
     "What a run depends on. Empty `trajectories` means the shipped data set `data`."
@@ -202,7 +203,8 @@ class Config:
     student_options: dict=field(default_factory=dict) # for `Student`
     teacher_features: tuple=('Q', 'RMSD', 'Rg') # columns the teacher reads; a name that is missing is passed over, none at all means every column
     teacher_options: dict=field(default_factory=dict) # for `NonparametricCommittor`
-    max_frames: int=0 # of each trajectory; 0 takes all
+    stride: int=1 # every so many-th frame is read; lags are then in units of that
+    max_frames: int=0 # of each trajectory, after the stride; 0 takes all
     n_bootstrap: int=100 # for the error bar of T_max
     shooting: str='' # npz of `foldbook shoot`; empty takes the data set's, if it has one
 
@@ -270,8 +272,8 @@ def _matching_shots(config, home, unfolded, folded):
     with np.load(path) as f: a, b = (float(f[k]) if k in f else v for k, v in (('unfolded', .25), ('folded', .8)))
     return path if (unfolded, folded) == (f'Q < {a:g}', f'Q > {b:g}') else None
 
-# %% ../nbs/60_evaluation.ipynb #98b3fd6c
-_BEFORE_STATES = ('data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'max_frames') # settings behind the features
+# %% ../nbs/60_evaluation.ipynb #857dac59
+_BEFORE_STATES = ('data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'stride', 'max_frames') # settings behind the features
 
 # %% ../nbs/60_evaluation.ipynb #838600ca
 class Run:
@@ -378,16 +380,17 @@ def _check_same_files(run, inputs):
     for a, b in zip(json.loads(stored.read_text()), found):
         if a != b: raise ValueError(f'{b["file"]} has changed since {run.path} was started (it was {a["file"]}, {a["bytes"]} bytes): choose another --out, or --overwrite it')
 
-# %% ../nbs/60_evaluation.ipynb #04b16c41
-def _features(run, inputs):
-    "Featurize file by file; a file done before is not read again."
+# %% ../nbs/60_evaluation.ipynb #ef4a32cf
+def _features(run, inputs, client=None):
+    "Featurize file by file, or all that are missing at once on a Dask cluster; a file done before is not read again."
     from foldbook import features as ft
-    described = ft.named(run.config.features, ft.load_native(inputs.native), ft.model_contacts(inputs.topology))
-    lengths = []
-    for i, f in enumerate(inputs.files):
-        path = run.path/'features'/f'{i:03d}.npy'
-        if not path.exists(): save_array(path, ft.stream([f], inputs.topology, described, periodic=run.config.periodic, progress=False)[0][0][:run.config.max_frames or None])
-        lengths.append(len(np.load(path, mmap_mode='r')))
+    c, described = run.config, ft.named(run.config.features, ft.load_native(inputs.native), ft.model_contacts(inputs.topology))
+    paths = [run.path/'features'/f'{i:03d}.npy' for i in range(len(inputs.files))]
+    missing = [(p, f) for p, f in zip(paths, inputs.files) if not p.exists()]
+    for part in [missing] if client and missing else [[m] for m in missing]:
+        made = ft.stream([f for _, f in part], inputs.topology, described, stride=c.stride, periodic=c.periodic, progress=False, client=client)[0]
+        for (path, _), x in zip(part, made): save_array(path, x[:c.max_frames or None])
+    lengths = [len(np.load(p, mmap_mode='r')) for p in paths]
     names = described.features.names
     if missing := {'Q', 'RMSD'} - set(names): raise ValueError(f'features {run.config.features!r} lack {", ".join(sorted(missing))}, which the leaderboard compares with')
     replacing(run.path/'features.json', lambda p: p.write_text(described.features.to_json() + '\n'))
@@ -600,11 +603,13 @@ def _students(run, devices, workers):
         for _, p in working.values(): p.terminate()
     return {k: v for s in specs for k, v in run.note(mark(s))['candidates'].items()}
 
-# %% ../nbs/60_evaluation.ipynb #02f5699f
+# %% ../nbs/60_evaluation.ipynb #2c098838
 def _shots(run, inputs, slug, part):
     "Values of a coordinate at the shot frames of one part, hits and shots; None without any."
     if inputs.shooting is None: return None
     with np.load(inputs.shooting) as f: trajectory, frame, hit = f['trajectory'], f['frame'], f['outcomes']
+    read = frame % run.config.stride == 0 # a frame that was passed over has no value
+    trajectory, frame, hit = trajectory[read], frame[read]//run.config.stride, hit[read]
     s, values, rows = _load_split(run), [], []
     r = run.load(f'r/{slug}')
     for k, b in enumerate(s.members(part)):
@@ -679,7 +684,7 @@ def figure_profiles(profiles, # name -> `ZqResult`
     fig.legend(handles, labels, loc='outside right upper', fontsize=8, title='lag (frames)', title_fontsize=8)
     return fig
 
-# %% ../nbs/60_evaluation.ipynb #76df7e72
+# %% ../nbs/60_evaluation.ipynb #2128ddea
 def figure_ladder(rows # dicts of the leaderboard
                  ):
     "T_max at each lag of the ladder, one line a coordinate, a band over its seeds, and the limit; learned coordinates solid, order parameters broken."
@@ -698,7 +703,9 @@ def figure_ladder(rows # dicts of the leaderboard
     ax.set(xscale='log', yscale='log', xlabel='lag (frames)', ylabel='$T_{max}$ of $Z_q$')
     ax.set_xticks(rows[0]['lags'], rows[0]['lags'], fontsize=8)
     ax.minorticks_off()
+    limits = ax.get_ylim()
     ax.set_yticks([.1, .3, 1, 3, 10, 30, 100], ['0.1', '0.3', '1', '3', '10', '30', '100'])
+    ax.set_ylim(limits)
     fig.legend(loc='outside right upper', fontsize=8)
     return fig
 
@@ -823,14 +830,16 @@ def _figures(run, inputs, notes):
         _draw_best(run, inputs, draw, notes, found[board['chosen']], found, rows)
     return dict(figures=drawn)
 
-# %% ../nbs/60_evaluation.ipynb #f1043a92
+# %% ../nbs/60_evaluation.ipynb #fb1eb267
 def _shown(rows, chosen, n=6):
-    "The coordinates worth a panel: the chosen one, the best student of each other kind, the replayed teacher, the best map of each order parameter."
+    "The coordinates worth a panel: the chosen one, the best student of each other kind, the replayed teacher, then rivals and the best map of each order parameter in turn."
     held = [k for k, r in sorted(rows.items(), key=lambda e: (not e[1]['passed'], e[1]['log_loss'])) if not r['in_sample']]
     best = {}
     for k in [chosen, *held]: best.setdefault(k.split(',')[0], k)
-    plain = [k for k in best.values() if rows[k]['kind'] == 'one-dimensional' and k != chosen]
-    return [chosen, *(k for k in best.values() if k not in plain and k != chosen), *sorted(plain, key=lambda k: rows[k]['t_max'])][:n]
+    learned, rivals, plain = ([k for k in best.values() if rows[k]['kind'] in kinds and k != chosen] for kinds in (('student', 'teacher'), ('baseline',), ('one-dimensional',)))
+    plain = sorted(plain, key=lambda k: rows[k]['t_max'])
+    turns = [k for pair in zip_longest(rivals, plain) for k in pair if k]
+    return [chosen, *learned, *turns][:n]
 
 # %% ../nbs/60_evaluation.ipynb #3e199653
 def _draw_judgement(run, draw, rows, found, board):
@@ -842,12 +851,12 @@ def _draw_judgement(run, draw, rows, found, board):
     draw('calibration', 'Of the interior frames to which a coordinate gives this probability, the fraction that folds first. On the diagonal: calibrated.',
          figure_calibration([found[n] for n in names]))
 
-# %% ../nbs/60_evaluation.ipynb #ab1a7ef8
+# %% ../nbs/60_evaluation.ipynb #882dcc1a
 def _draw_best(run, inputs, draw, notes, best, found, rows):
     draw('free_energy', f'Free energy along {best.name}, and along its natural coordinate, on which the diffusion coefficient is constant.', figure_free_energy(best.r, best.name))
     s = _load_split(run)
     draw('series', f'{best.name} along the first frames of each test trajectory; ticks at 0 and 1 are visits to A and B.',
-         figure_series(best.r, best.states, inputs.spacing_ps, names=[f'trajectory {s.blocks[b][0]}' for b in s.test]))
+         figure_series(best.r, best.states, inputs.spacing_ps*run.config.stride, names=[f'trajectory {s.blocks[b][0]}' for b in s.test]))
     histories = {n['name']: n['history'] for n in notes.values() if n.get('history')}
     if histories: draw('learning', 'Learning curves of the students; early stopping keeps the epoch that is best on the validation part.', figure_learning(histories))
     shot = [found[n] for n in _shown(rows, best.name) if found[n].shots is not None]
@@ -941,12 +950,13 @@ def write_report(run, inputs, notes, captions):
         sections=[s for s in sections if s[1]], tables=tables)
     return replacing(run.path/'report.html', lambda p: p.write_text(html))
 
-# %% ../nbs/60_evaluation.ipynb #a0caa966
+# %% ../nbs/60_evaluation.ipynb #d6950a18
 def run(config: Config, # what to run
         out='runs/default', # directory
         overwrite: bool=False, # remove what is there
         devices='auto', # for Lightning
         workers: int=0, # students and baselines trained at a time; 0 takes the number of cores
+        client=None, # `dask.distributed.Client` for the features, one task a file
         say=print # where progress goes, one line a call
        ) -> pd.DataFrame: # the leaderboard
     "Features, states, maps, teacher, students, judgement, figures, report; goes on where an earlier run of the same configuration stopped."
@@ -954,11 +964,12 @@ def run(config: Config, # what to run
     for s in config.students:
         if s.count(':') != 1: raise ValueError(f'student {s!r}: write it as architecture:loss, such as lstm:martingale')
     for b in config.baselines: baseline(b)
+    if config.stride < 1: raise ValueError(f'stride is {config.stride}: it must be at least 1')
     if config.seeds < 1: raise ValueError(f'seeds is {config.seeds}: it must be at least 1')
     job = Run(config, out, overwrite, say)
     try:
         _check_same_files(job, inputs)
-        lengths = job.stage('features', lambda: _features(job, inputs))['lengths']
+        lengths = job.stage('features', lambda: _features(job, inputs, client))['lengths']
         job.stage('states', lambda: _states(job, inputs, lengths))
         notes = dict(job.stage('one-dimensional', lambda: _one_dimensional(job))['candidates'])
         for k in range(config.seeds): notes |= job.stage(_slug(_job('teacher', k)), lambda: _teacher(job, k))['candidates']

@@ -254,6 +254,32 @@ def test_a_failing_student_leaves_its_last_words(tmp_path):
     assert load_config(job.path/'config.json') == job.config
 
 
+def test_features_with_a_stride_alone_and_on_a_cluster(tmp_path):
+    from distributed import Client, LocalCluster
+    from foldbook.evaluate import _features, find_inputs
+    inputs = replace(found := find_inputs(Config()), files=found.files[:2])
+    job = lambda name, **o: Run(Config(features='Q + RMSD', **o), tmp_path/name, say=lambda line: None)
+    assert _features(all_of_them := job('all'), inputs)['lengths'] == [10_000, 10_000]
+    assert _features(few := job('few', stride=7, max_frames=300), inputs)['lengths'] == [300, 300]
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster, Client(cluster) as client:
+        _features(far := job('far', stride=7, max_frames=300), inputs, client)
+    for a, b, c in zip(all_of_them.load('features'), few.load('features'), far.load('features')):
+        assert np.array_equal(a[::7][:300], b) and np.array_equal(b, c)
+
+
+def test_shots_are_found_at_their_frames(tmp_path):
+    from foldbook.evaluate import Inputs, _shots
+    inputs = Inputs('a', [], tmp_path, tmp_path, '', '', 1., 1., tmp_path/'shooting.npz', '')
+    np.savez(inputs.shooting, trajectory=[2, 2, 0, 2], frame=[4, 6, 6, 9], outcomes=[[1, 0, -1], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
+    for stride, values, hits, shots in ((1, [4, 6, 9], [1, 3, 2], [2, 3, 3]), (2, [2, 3], [1, 3], [2, 3]), (5, [], [], [])):
+        job = Run(Config(stride=stride), tmp_path/f'r{stride}', say=lambda line: None)
+        evaluate.write_json(job.path/'split.json', asdict(split([20]*3)))
+        job.save('r/x', [np.arange(20.)]*3)
+        found = _shots(job, inputs, 'x', 'test')
+        if not values: assert found is None
+        else: assert [list(v) for v in found] == [values, hits, shots]
+
+
 def test_unknown_rivals_are_named_before_anything_is_done(tmp_path):
     with pytest.raises(ValueError, match='oracle.*vampnet'): evaluate.run(Config(baselines=('oracle',)), tmp_path/'r')
     with pytest.raises(ValueError, match='seeds is 0'): evaluate.run(Config(seeds=0), tmp_path/'r')
