@@ -401,13 +401,13 @@ def _brownian(x):
     k = 2 * np.arange(20) + 1
     return float(4 / np.pi * ((-1.)**np.arange(20) / k * np.exp(-(k * np.pi)**2 / (8 * max(x, 1e-3)**2))).sum()) if x < 20 else 1.
 
-# %% ../nbs/41_zq.ipynb #23b90428
+# %% ../nbs/41_zq.ipynb #f0888f3e
 def is_short(
     states, # flags, int8 (T,) per trajectory
 ) -> bool:
     "At least ten trajectories, with fewer than two transitions (either way) each on average."
     jumps = sum(np.count_nonzero(np.diff(s[s >= 0])) for s in states)
-    return len(states) >= 10 and jumps < 2 * len(states)
+    return bool(len(states) >= 10 and jumps < 2 * len(states))
 
 # %% ../nbs/41_zq.ipynb #9d79e2f0
 def cycle_bootstrap(
@@ -632,7 +632,7 @@ def profile_tau(
             z[i] += np.bincount(b[first], count * (x[last] - x[first] + t[last] - t[first]), n_bins + 1)
     return TauProfile(lags, edges, np.cumsum(z, 1)[:, :-1] / lags[:, None], float(sum(t[-1] - t[0] for t in times)))
 
-# %% ../nbs/41_zq.ipynb #20af3ca3
+# %% ../nbs/41_zq.ipynb #a6be743b
 def _shift(x, frames):
     "Series whose frame t holds what belonged to t + frames; the ends are repeated."
     return x[np.clip(np.arange(len(x)) + frames, 0, len(x) - 1)]
@@ -640,7 +640,7 @@ def _shift(x, frames):
 def _mismatch(r, states, frames=0):
     "Share of boundary frames on which r, taken `frames` later, is not 0 on A and 1 on B; largest distance."
     gap = np.concatenate([np.abs(_shift(x, frames) - s)[s >= 0] for x, s in zip(r, states)])
-    return float((gap > 1e-6).mean()), float(gap.max(initial=0))
+    return float((gap > 1e-6).mean()) if len(gap) else 0., float(gap.max(initial=0))
 
 # %% ../nbs/41_zq.ipynb #79f068e2
 def _copied(r, states):
@@ -668,7 +668,7 @@ def _judge_boundary(result, r, states, reference, lengths):
     if abs(last - first) > 0.8:
         return Verdict('misaligned flags', False, f'{max(last, first):.0%} of the excursions {"end" if last > first else "begin"} with a frame that already has the value of the boundary: r runs {"ahead of" if last > first else "behind"} the flags', _ALIGN)
 
-# %% ../nbs/41_zq.ipynb #99e71157
+# %% ../nbs/41_zq.ipynb #4f50b0c5
 _HONEST = 'judge on frames that no fit has seen, and look for input from later frames or from outcomes'
 
 def _certain(r, states):
@@ -689,7 +689,7 @@ def _judge_leak(result, r, states, reference, lengths):
             return Verdict('uses the future', False, f'its log-loss is {-difference:.4f} +- {se:.4f} below that of the reference, which no coordinate without knowledge of the future can reach', 'look for input from later frames')
     if _certain(r, states):
         return Verdict('uses the future', False, 'between the states it is 0 or 1 on 99 % of the frames, and every time what it says comes true', _HONEST)
-    resolved = result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5 # else any profile is flat
+    resolved = result.n_ab and result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5 # else any profile is flat
     if resolved and (result.t_sd < 0.2 or result.t_max < 0.6):
         return Verdict('uses the future', False, f'the profile is flatter than chance permits (T_sd {result.t_sd:.2f}, T_max {result.t_max:.2f}; the true committor stays above 0.2 and 0.6)', _HONEST)
 
@@ -707,7 +707,18 @@ def _isotonic(r, states, n_bins=1000):
     centre = np.add.reduceat(mean(value) * n[full], first) / np.add.reduceat(n[full], first)
     return clamp([np.interp(x, np.r_[0, centre, 1], np.r_[0, fit.x[first], 1]) for x in r], states)
 
-# %% ../nbs/41_zq.ipynb #c63e3973
+# %% ../nbs/41_zq.ipynb #47f140ff
+def _chain(r, states, n_bins=80):
+    "Monotone map of r to the committor of a Markov chain of its bins, linear between the centres of the bins."
+    bins = [np.where(s >= 0, n_bins + s, np.minimum(x * n_bins, n_bins - 1)).astype(np.int64) for x, s in zip(r, states)]
+    steps = sum(np.bincount(b[:-1] * (n_bins + 2) + b[1:], minlength=(n_bins + 2)**2) for b in bins).reshape(n_bins + 2, -1)
+    full = np.flatnonzero(steps[:n_bins].sum(1))
+    P = steps[full] / steps[full].sum(1, keepdims=True)
+    q = np.linalg.lstsq(np.eye(len(full)) - P[:, full], P[:, n_bins + 1])[0]
+    total, n = (sum(np.bincount(b, w, n_bins + 2) for b, w in zip(bins, ws)) for ws in (r, [np.ones(len(x)) for x in r]))
+    return clamp([np.interp(x, np.r_[0, (total / np.maximum(n, 1))[full], 1], np.r_[0, np.clip(np.maximum.accumulate(q), 0, 1), 1]) for x in r], states)
+
+# %% ../nbs/41_zq.ipynb #ba699729
 def as_probability(
     r, # a coordinate in any unit, (T,) per trajectory
     states, # flags of the same frames, both states visited
@@ -716,11 +727,12 @@ def as_probability(
     r, states = check_coordinate(r, states)
     inside = np.concatenate([x[s < 0] for x, s in zip(r, states)])
     if not len(inside): raise ValueError('no frame lies between the states, so there is nothing to map')
-    low, high = np.quantile(inside, [0.001, 0.999])
     a, b = (np.mean(np.concatenate([x[s == k] for x, s in zip(r, states)])) for k in (0, 1))
-    if low == high or a == b: raise ValueError('the coordinate does not tell A from B, or does not vary between them')
-    if a > b: low, high = high, low
-    return _isotonic([np.clip((x - low) / (high - low), 0, 1) for x in r], states)
+    value, rank = np.unique(np.quantile(np.sign(b - a) * inside, np.linspace(0.001, 0.999, 501)), return_index=True)
+    if len(value) < 2: raise ValueError('the coordinate does not tell A from B, or does not vary between them')
+    scale = (value - value[0]) / (value[-1] - value[0]) + rank / rank[-1] # half by value and half by rank, so that no stretch is too coarse
+    u = [np.interp(np.sign(b - a) * x, value, scale / 2) for x in r]
+    return min((f(u, states) for f in (_isotonic, _chain)), key=lambda p: cut_profiles(p, states).t_max or 0)
 
 # %% ../nbs/41_zq.ipynb #c72aee7f
 def _beta(r, states):
@@ -738,7 +750,7 @@ def _beta(r, states):
     c, *w = minimize(loss, [0, 1, 1], jac=True, method='BFGS').x
     return clamp([expit(c + w @ logs(np.clip(x, 1e-6, 1 - 1e-6))) for x in r], states)
 
-# %% ../nbs/41_zq.ipynb #7eb6a086
+# %% ../nbs/41_zq.ipynb #64d957ee
 def _head(r, states, n_frames=1_000_000):
     "The first trajectories, up to that many frames: enough for a diagnosis."
     room = np.maximum(n_frames - np.cumsum([0] + [len(x) for x in r]), 0)
@@ -763,8 +775,9 @@ def _judge_cures(result, r, states, reference, lengths):
     for k in (1, -1):
         if (s := trial([_shift(x, k) for x in r], lags[:3])) < min(2.5, t / 2):
             return Verdict('misaligned flags', False, f'{name} is {t:.2f}, and {s:.2f} if r is read one frame {"later" if k > 0 else "earlier"}', _ALIGN)
+    if not len(_interior(r, states)[0]): return None # no outcome to calibrate on
     slope, level = _line(r, states)
-    if slope > 1.03 and (s := trial([np.clip(slope * x + level, 0, 1) for x in r], lags)) < t / 3:
+    if slope > 1.03 and (s := trial([np.clip(slope * x + level, 0, 1) for x in r], lags)) < min(t / 3, max(2 * LIMIT, t / 8)):
         return Verdict('wrong level', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} for {slope:.2f} r {level:+.2f}: between the states r runs from about {max(-level / slope, 0):.2f} to {min((1 - level) / slope, 1):.2f}, not from 0 to 1',
                        'stretch r so that it tends to 0 at A and to 1 at B, or fit an isotonic map on the training part')
     if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta))) < min(2 * LIMIT, 0.6 * t):
@@ -819,7 +832,7 @@ def _stopped(states, lengths):
     arrivals = lambda k: sum(np.count_nonzero((s[1:] == k) & (s[:-1] != k)) for s in states)
     return any(arrivals(k) == sum(len(s) > 1 and s[-1] == k != s[-2] for s in states) >= 5 for k in (0, 1))
 
-# %% ../nbs/41_zq.ipynb #850fe789
+# %% ../nbs/41_zq.ipynb #5456d174
 def judge(
     result: ZqResult, # of `cut_profiles`
     r, # coordinate it was made from, list of float64 (T,)
@@ -828,7 +841,7 @@ def judge(
     lengths=None, # nominal frames of trajectories stopped on A or B
 ) -> Verdict:
     "Name what is wrong with a coordinate, in the order in which one fault hides another."
-    if not result.n_ab and result.t_ne is None:
+    if not result.n_ab and result.t_ne is None and not _certain(r, states):
         return Verdict('not normalisable', False, 'no transition from A to B was counted, so Z_q has no level to be compared with', 'more or longer trajectories, or wider states')
     for check in (_judge_boundary, _judge_leak, _judge_short, _judge_shape):
         if verdict := check(result, r, states, reference, lengths): return verdict

@@ -1,5 +1,5 @@
 "The yardstick: sums against brute force, the law of the exact committor, bad coordinates told apart, faults."
-import json, subprocess, sys
+import json, re, subprocess, sys, warnings
 from collections import Counter
 from functools import lru_cache
 
@@ -9,8 +9,10 @@ from hypothesis import given, settings, strategies as st
 
 from foldbook.committor import clamp, count_transitions, outcomes
 from foldbook.systems import SYSTEMS
-from foldbook.zq import (LIMIT, Scores, Verdict, ZqResult, calibration, cut_profiles, cycle_bootstrap, default_lags, error_budget, excursions, judge, law,
-                         mean_transition_path, measure_law, paired_log_loss, plot_calibration, plot_zq, profile, scores)
+from foldbook import zq
+from foldbook.zq import (LIMIT, Scores, TauProfile, Verdict, ZqResult, as_probability, calibration, cut_profile, cut_profiles, cycle_bootstrap, default_lags, error_budget,
+                         excursions, explain, is_short, judge, lag_windows, law, log_edges, mean_transition_path, measure_law, nominal_lengths, paired_log_loss, plot_calibration,
+                         plot_zq, profile, profile_tau, regular, scores, studentised)
 
 few = settings(deadline=None, max_examples=40)
 
@@ -23,17 +25,18 @@ def sample(name, n_frames, seed, n=1):
     return paths, *system.observe(paths)
 
 
-def windows(flags, lag):
-    "Every window of one trajectory as Counter{(start, end): how often}, item by item as the definition lists them."
+def windows(flags, lag, length=None):
+    "Every window of one trajectory as Counter{(start, end): how often}, item by item as the definition lists them; `length` is nominal."
     n, found = len(flags), Counter()
+    granted = length or n
     boundary = [t for t in range(n) if flags[t] >= 0]
     for t in range(n):
         before, after = [b for b in boundary if b < t], [b for b in boundary if b > t]
         p, f = (before[-1] if before else None), (after[0] if after else None)
         if flags[t] < 0:
             if f is None or f - t > lag:
-                if t + lag <= n - 1: found[t, t + lag] += 1
-            elif n - 1 - t >= lag: found[t, f] += 1
+                if t + lag <= n - 1 and t + lag <= granted - 1: found[t, t + lag] += 1
+            elif granted - 1 - t >= lag: found[t, f] += 1
             if p is not None and t - p <= lag and t >= lag: found[p, t] += 1
         elif f is not None and f - t <= lag: found[t, f] += lag - (f - t) + 1
     return found
@@ -72,6 +75,64 @@ def test_sums_match_brute_force(data, weighted):
         assert abs(result.delta_r2[i] - parts(2)[1]) <= 1e-12
 
 
+def granted(flags, extra):
+    "Nominal lengths: those that end on a boundary frame get some more."
+    return nominal_lengths(flags, [len(f) + extra * (f[-1] >= 0) for f in flags])
+
+
+@few
+@given(ensembles(), st.integers(0, 12))
+def test_nominal_lengths_match_brute_force(data, extra):
+    r, flags = data
+    lengths = granted(flags, extra)
+    for k in (1, 2, 5, 9):
+        if k >= max(map(len, flags)): continue
+        lists = [windows(f, k, n) for f, n in zip(flags, lengths)]
+        for f, n, expected in zip(flags, lengths, lists):
+            first, last, count = lag_windows(f, k, n)
+            assert Counter({(a, b): m for a, b, m in zip(first.tolist(), last.tolist(), count.tolist()) if m}) == expected
+        result = cut_profiles(r, flags, [k], 20, lengths=lengths)
+        for b in (0, 7, 19):
+            assert abs(result.zq[0, b] - sum(by_windows(c, x, k, result.edges[b + 1])[0] for c, x in zip(lists, r))) <= 1e-12
+        edges, z = cut_profile(r, k, 1, n_bins=20, states=flags, lengths=lengths)
+        np.testing.assert_allclose(z, result.zc1[0], atol=1e-12)
+
+
+@few
+@given(ensembles(), st.sampled_from([-1, -0.5, 0, 0.5, 1, 2]), st.integers(1, 5), st.booleans())
+def test_cut_profiles_of_any_exponent_match_brute_force(data, alpha, lag, weighted):
+    r, flags = data
+    if lag >= max(max(map(len, r)), 2): return
+    weights = [np.random.default_rng(1).random(len(x)) for x in r] if weighted else None
+    power = lambda d, low: np.maximum(np.abs(d), 1e-3 * low if alpha < 0 else 0)**alpha
+    edges, z = cut_profile(r, lag, alpha, weights, n_bins=11)
+    for i in (0, 4, 10):
+        x, total = edges[i + 1], 0.
+        for j, v in enumerate(r):
+            d, crosses = v[lag:] - v[:-lag], (np.minimum(v[lag:], v[:-lag]) < x) & (x <= np.maximum(v[lag:], v[:-lag]))
+            total += (power(d, edges[-1] - edges[0]) * crosses * (weights[j][:len(d)] if weighted else 1))[crosses].sum()
+        assert abs(z[i] - total / (2 * lag)) <= 1e-9 * max(total, 1)
+    edges, z = cut_profile(r, lag, alpha, weights, n_bins=11, states=flags)
+    for i in (0, 4, 10):
+        x, total = edges[i + 1], 0.
+        for j, (v, f) in enumerate(zip(r, flags)):
+            for (a, b), m in windows(f, lag).items():
+                if min(v[a], v[b]) < x <= max(v[a], v[b]): total += m * power(v[b] - v[a], 1) * (weights[j][a] if weighted else 1)
+        assert abs(z[i] - total / (2 * lag)) <= 1e-9 * max(total, 1)
+
+
+@few
+@given(ensembles())
+def test_exact_and_uneven_bins_agree_with_the_definition(data):
+    r, flags = data
+    exact, logs = (cut_profiles(r, flags, [1], n) for n in ('exact', log_edges(12, 1e-2)))
+    lists = [windows(f, 1) for f in flags]
+    for i in range(len(exact.edges) - 1):
+        x = exact.edges[i]  # the bin holds this value alone
+        assert abs(exact.zq[0, i] - sum(by_windows(c, v, 1, x + 1e-13)[0] for c, v in zip(lists, r))) <= 1e-12
+    for i in range(12): assert abs(logs.zq[0, i] - sum(by_windows(c, v, 1, logs.edges[i + 1])[0] for c, v in zip(lists, r))) <= 1e-12
+
+
 @few
 @given(ensembles())
 def test_zc1_is_the_mean_of_both_directions_in_time(data):
@@ -106,6 +167,25 @@ def test_law_of_the_exact_committor():
     assert t_max.shape == (60,)
     assert ((t_max <= 3.1) & (t_sd <= 1.3)).mean() >= 0.95
     assert 1.2 <= np.median(t_max) <= 1.7 and 0.42 <= np.median(t_sd) <= 0.58
+
+
+def test_law_of_a_random_walk():
+    p = [law('t_ne', x) for x in np.linspace(0.01, 10, 200)]
+    assert (np.diff(p) >= -1e-9).all() and p[0] < 1e-6 and p[-1] > 1 - 1e-9
+    walks = np.abs(np.cumsum(np.random.default_rng(0).normal(0, 1000**-0.5, (4000, 1000)), 1)).max(1)
+    for q, value in zip((0.5, 0.95, 0.99), (1.15, 2.24, 2.81)):
+        assert abs(law('t_ne', value) - q) < 0.003 and abs((walks < value).mean() - q) < 0.03
+
+
+def test_p_values_of_the_exact_committor_are_uniform():
+    _, _, states, q = sample('dw1d', 100_000, 3)
+    result = profile(q, states)
+    assert set(result.p_values) == {'t_max', 't_sd'} and result.p_value == result.p_values['t_max'] and result.t_ne is None
+    p = []
+    for seed in range(30):
+        s, e, _ = walks('dw1d', seed, 'free', 300)
+        p.append(profile(e, s).p_values['t_ne'])
+    assert 0.25 < np.median(p) < 0.75 and 0.1 < np.mean(np.array(p) < 0.25) < 0.45
 
 
 def test_law_is_a_distribution():
@@ -153,6 +233,44 @@ def test_bad_coordinates_are_told_apart(name):
     assert judge(exact, q, states) == exact.verdict and exact.t_max <= LIMIT
 
 
+@pytest.mark.parametrize('name', SYSTEMS)
+@pytest.mark.parametrize('slope, shift', [(0.9, 0.05), (0.8, 0.1), (0.9, 0.1)])
+def test_a_wrong_level_is_recognised(name, slope, shift):
+    _, _, states, q = sample(name, 400_000, 4)
+    r = clamp([shift + slope * x for x in q], states)
+    result = profile(r, states)
+    assert result.t_max >= 7 and result.verdict.label == 'wrong level'
+    assert profile([0.01 + 0.98 * x for x in q], states).verdict.label == 'unclamped boundary'
+
+
+def test_a_flat_profile_at_another_level_is_told():
+    _, _, states, q = sample('dw1d', 400_000, 4)
+    result = cut_profiles(q, states)
+    half = zq.replace(result, n_ab=result.n_ab * 1.5)  # counted with the flags of other frames
+    verdict = judge(half, q, states)
+    assert not verdict.passed and verdict.label == 'wrong level' and 'counted' in verdict.reason
+
+
+def test_white_noise_and_mean_levels_are_those_of_the_law():
+    for name in ('dw1d', 'lshape2d'):
+        _, _, states, q = sample(name, 400_000, 0)
+        sd = (count_transitions(states)[0] / sum((f < 0).sum() for f in states))**0.5
+        result = profile(clamp([x + np.random.default_rng(1).normal(0, sd, len(x)) for x in q], states), states, lags=[1, 4, 16, 64])
+        assert result.t_max > 40 and result.verdict.label == 'missing slow variable' and result.mean_ratio[0] > 1.3 * result.mean_ratio[2]
+        causal = profile(average(q, states, 7), states, lags=[1, 4, 16, 64]).mean_ratio
+        assert (np.diff(causal) > 0).all() and causal[0] < 0.35 and causal[-1] > 0.85
+
+
+def test_explanations_are_two_plain_sentences():
+    _, _, states, q = sample('dw1d', 100_000, 3)
+    result = profile(q, states)
+    for label in zq._PLAIN:
+        text = explain(zq.replace(result, verdict=Verdict(label, label == 'pass', '')))
+        assert len(re.split(r'(?<=[.!?])\s', text)) == 2 and text.endswith('.') and '{' not in text and 'Z_q' not in text, text
+    with pytest.raises(ValueError, match='profile'): explain(cut_profiles(q, states))
+    for r in (average(q, states, 7), [x**2 for x in q]): assert explain(profile(r, states)) != explain(result)
+
+
 def test_hidden_variables_are_told_apart():
     paths, _, states, _ = sample('lshape2d', 400_000, 0)
     diffusive, mean = (profile(along('lshape2d', paths, states, d), states) for d in (True, False))
@@ -175,6 +293,14 @@ def test_controls_are_flagged_by_another_check(name):
         difference, se = paired_log_loss(centred, q, states)
         assert difference < -3 * se and verdict.label == 'uses the future'
     assert not verdict.passed
+
+
+def test_out_of_sample_log_loss_finds_a_centred_window():
+    _, _, states, q = sample('lshape2d', 400_000, 1)
+    causal = average(q, states, 7)  # what an honest window of the same width can know
+    difference, se = paired_log_loss(average(q, states, 7, 3), causal, states)
+    assert difference < -3 * se and profile(average(q, states, 7, 3), states, reference=causal).verdict.label == 'uses the future'
+    assert paired_log_loss(causal, q, states)[0] > 0 and profile(causal, states, reference=q).verdict.label == 'over-smoothed'
 
 
 def test_the_trivial_martingale_passes_and_knows_little():
@@ -240,6 +366,173 @@ def test_splitting_a_long_trajectory_hardly_matters():
     assert np.abs(a.zq - b.zq).max() <= 2 and abs(a.t_max - b.t_max) < 0.3
 
 
+def walks(name, seed, ensemble, n=2000, length='fixed', columns=(0,)):
+    "Short walks from random interior points: flags, exact committor, its mean given the first coordinate."
+    from foldbook.systems import given
+    system = SYSTEMS[name]()
+    paths = system.sample(33, n, seed, ensemble, length, start=(system.states < 0) / (system.states < 0).sum())
+    _, states, q = system.observe(paths)
+    return states, q, clamp([given(system, columns)[p] for p in paths], states)
+
+
+@pytest.mark.parametrize('name', SYSTEMS)
+@pytest.mark.parametrize('ensemble, length', [('free', 'fixed'), ('absorbed', 'fixed'), ('absorbed', 'poisson')])
+def test_exact_committor_passes_out_of_equilibrium(name, ensemble, length):
+    found, lags = [], [1, 2, 4, 8, 16]
+    for seed in range(10):
+        states, q, _ = walks(name, seed, ensemble, 1000, length)
+        lengths = None if ensemble == 'free' else 33 if length == 'fixed' else nominal_lengths(states, clock=33, seed=seed)
+        found.append(studentised(q, states, lags, lengths=lengths))
+    found = np.array(found)
+    assert (found.max(1) <= 2.9).mean() >= 0.9 and found.max() < 3.8 and 0.7 < np.median(found) < 1.4
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        result = profile(q, states, lags, lengths=lengths)
+    assert result.short and result.t_ne == found[-1].max() and result.verdict.passed == (result.t_ne <= LIMIT)
+
+
+@pytest.mark.parametrize('ensemble, lengths', [('free', None), ('absorbed', 33)])
+def test_hidden_variables_are_found_out_of_equilibrium(ensemble, lengths):
+    states, q, x = walks('lshape2d', 0, ensemble)
+    result = profile(x, states, lengths=lengths)
+    assert result.t_ne >= 15 and result.verdict.label in ('missing slow variable', 'miscalibrated') and len(re.split(r'(?<=[.])\s', explain(result))) == 2
+    states, q, x = walks('persist1d', 0, ensemble, 4000)
+    smooth = profile(x, states, lengths=lengths)
+    assert smooth.t_ne > 6 and smooth.verdict.label == 'over-smoothed'
+    assert profile([np.sqrt(v) for v in q], states, lengths=lengths).verdict.label in ('miscalibrated', 'wrong level')
+    leak = [np.where(np.isnan(o), v, o) for o, v in zip(outcomes(states), q)]
+    keep = [i for i, o in enumerate(outcomes(states)) if not np.isnan(o).any()]
+    assert profile([leak[i] for i in keep], [states[i] for i in keep], lengths=lengths).verdict.label == 'uses the future'
+
+
+def test_stopped_trajectories_need_their_nominal_length():
+    states, q, _ = walks('lshape2d', 1, 'absorbed', 5000)
+    with pytest.warns(UserWarning, match='lengths='): plain = profile(q, states, lags=[1, 4, 16])
+    assert plain.t_ne > LIMIT and not plain.verdict.passed and 'no nominal length' in plain.verdict.reason
+    assert profile(q, states, lags=[1, 4, 16], lengths=33).verdict.passed
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        profile(*walks('lshape2d', 1, 'free', 500)[1::-1])
+        profile(sample('dw1d', 20_000, 3)[3], sample('dw1d', 20_000, 3)[2])
+    with pytest.raises(ValueError, match='nominal 20'): profile(q, states, lengths=20)
+    with pytest.raises(ValueError, match='one per trajectory'): profile(q, states, lengths=[33, 33])
+
+
+def test_a_random_clock_gives_back_its_mean():
+    states, q, _ = walks('dw1d', 2, 'absorbed', 4000, 'poisson')
+    assert abs(nominal_lengths(states, clock=33, seed=0).mean() / 33 - 1) < 0.06
+    assert (nominal_lengths(states, clock=33, seed=1) == nominal_lengths(states, clock=33, seed=1)).all()
+
+
+def test_odd_short_trajectories_are_accepted():
+    states, q, _ = walks('dw1d', 3, 'free', 500)
+    extra = [np.array([0.4]), np.array([1.]), np.full(20, 0.3)], [np.array([-1]), np.array([1]), np.full(20, -1)]
+    a, b = profile(q, states), profile(q + extra[0], states + extra[1])
+    np.testing.assert_allclose(a.t_ne_per_lag, b.t_ne_per_lag)
+    stay = [i for i, s in enumerate(states) if not (s >= 0).any()]
+    never = profile([q[i] for i in stay], [states[i] for i in stay])
+    assert never.n_ab == 0 and np.isfinite(never.t_ne_per_lag).all() and never.t_max is None
+    json.dumps(never.to_dict(), allow_nan=False)
+
+
+def test_no_transition_can_still_be_judged():
+    _, _, states, q = sample('dw1d', 100_000, 3)
+    first = np.flatnonzero(states[0] == 1)[0]
+    r, s = [q[0][:first]], [states[0][:first]]
+    if (s[0] == 0).sum() < 100: return
+    exact, late = profile(r, s), profile([np.sqrt(r[0])], s)
+    assert exact.t_max is None and exact.n_ab == 0 and exact.verdict.label == 'pass' and 'not normalisable' in exact.verdict.reason
+    assert late.t_ne > exact.t_ne and np.isfinite(late.table().to_numpy(float)).all()
+    assert set(exact.p_values) == {'t_ne'} and 'excursions' in explain(exact)
+
+
+def test_trajectory_bootstrap_gives_the_true_error():
+    middle, claimed = [], []
+    for seed in range(60):
+        system = SYSTEMS['dw1d']()
+        _, states, q = system.observe(system.sample(200, 300, 100 + seed))
+        assert is_short(states)
+        middle.append(cut_profiles(q, states, [1, 4, 16], n_bins=20).ratio[:, 10])
+        claimed.append(cycle_bootstrap(q, states, [1, 4, 16], n_bins=20, n_replicates=100, seed=seed)[:, :, 10].std(0))
+    share = np.median(claimed, 0) / np.std(middle, 0, ddof=1)
+    assert ((share > 0.7) & (share < 1.35)).all(), share
+    _, _, states, q = sample('dw1d', 20_000, 4)
+    assert not is_short(states)
+    a, b = (cycle_bootstrap(q, states, [1], 20, 5, 0, units=u) for u in (None, 'cycles'))
+    assert (a == b).all() and np.isfinite(cycle_bootstrap(q, states, [1], 20, 5, 0, units='trajectories')).all()
+    with pytest.raises(ValueError, match='units'): cycle_bootstrap(q, states, units='frames')
+
+
+def test_compensation_restores_the_level_up_to_half_a_trajectory():
+    system = SYSTEMS['dw1d']()
+    _, states, q = system.observe(system.sample(33, 20_000, 5))
+    expected = system.rates.flux * 20_000 * 32
+    raw, mended = (cut_profiles(q, states, [1, 8, 16], 50, compensate=c).zq.mean(1) / expected for c in (False, True))
+    np.testing.assert_allclose(mended, raw * 32 / (33 - np.array([1, 8, 16])), rtol=1e-9)
+    assert np.abs(mended / mended[0] - 1).max() < 0.1 < 0.4 < 1 - raw[-1] / raw[0]
+    with pytest.raises(ValueError, match='half'): cut_profiles(q, states, [17], compensate=True)
+    mixed = cut_profiles(q[:100] + [np.concatenate(q[100:110])], states[:100] + [np.concatenate(states[100:110])], [8], 50, compensate=True)
+    apart = [cut_profiles(v, f, [8], 50, compensate=True).zq for v, f in ((q[:100], states[:100]), ([np.concatenate(q[100:110])], [np.concatenate(states[100:110])]))]
+    np.testing.assert_allclose(mixed.zq, sum(apart), atol=1e-12)
+
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_z_tau_of_the_exact_passage_time(name):
+    system = SYSTEMS[name]()
+    path = system.sample(1_000_000, seed=1)[0]
+    for target, tau in ((0, system.mfpt_to_a), (1, system.mfpt_to_b)):
+        result = profile_tau(tau[path], system.states[path], target, lags=[1, 4, 16, 64, 256])
+        assert isinstance(result, TauProfile) and result.duration == 999_999
+        assert np.abs(result.ratio.mean(1) - 1).max() <= 0.05 and result.ratio.std(1).max() <= 0.04
+    assert profile_tau(tau[path]**0.9, system.states[path], 1, lags=[1]).ratio.mean() < 0.9
+
+
+@few
+@given(ensembles(), st.integers(1, 5), st.booleans())
+def test_z_tau_matches_brute_force(data, lag, uneven):
+    r, flags = data
+    if lag >= max(max(map(len, r)), 2): return
+    if not any((f == 0).any() for f in flags):
+        with pytest.raises(ValueError, match='target'): profile_tau(r, flags, lags=[lag])
+        return
+    times = [np.cumsum(np.random.default_rng(2).random(len(x)) + 0.1) for x in r] if uneven else None
+    result = profile_tau(r, flags, 0, [lag], 7, times)
+    for b in (0, 3, 5):
+        total = 0.
+        for j, (v, f) in enumerate(zip(r, flags)):
+            t = times[j] if uneven else np.arange(len(v))
+            total += sum(m * (v[e] - v[s] + t[e] - t[s]) for (s, e), m in windows(np.where(f == 0, 0, -1), lag).items() if v[s] < result.edges[b + 1])
+        assert abs(result.z[0, b] - total / lag) <= 1e-9
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=30), st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_frames_are_held_until_the_next(gaps, seed):
+    times = np.cumsum([0, *gaps]) * 0.2 + 7
+    x = np.random.default_rng(seed).random(len(times))
+    held, = regular(x, times, 0.2)
+    assert len(held) == sum(gaps) + 1 and held[-1] == x[-1]
+    np.testing.assert_array_equal(held[:-1], np.repeat(x[:-1], gaps))
+    np.testing.assert_array_equal(regular(x, np.arange(len(x)))[0], x)
+
+
+def test_uneven_times_are_checked():
+    with pytest.raises(ValueError, match='increase'): regular(np.zeros(3), np.array([0, 2, 1.]))
+    with pytest.raises(ValueError, match='one number per frame'): regular(np.zeros(3), np.arange(4.))
+    _, _, states, q = sample('dw1d', 50_000, 2)
+    a, b = profile(q, states), profile(q, states, times=[np.arange(50_000) * 0.5])
+    np.testing.assert_allclose(a.zq, b.zq)
+
+
+def test_any_unit_becomes_a_probability():
+    _, _, states, q = sample('dw1d', 400_000, 0)
+    for f in (lambda x: 300 - 40 * x**3, lambda x: 1e-3 * np.exp(x)):
+        r = as_probability([f(x) for x in q], states)
+        assert all(((v >= 0) & (v <= 1)).all() for v in r) and np.corrcoef(r[0], q[0])[0, 1] > 0.99
+        assert profile(r, states).t_max < 5 < 2 * LIMIT < profile(clamp([f(x) / 300 for x in q], states), states).t_max
+    with pytest.raises(ValueError, match='between'): as_probability([np.array([0., 1.])], [np.array([0, 1])])
+
+
 def test_wrong_input_is_refused():
     _, _, states, q = sample('dw1d', 20_000, 3)
     bad = q[0].copy()
@@ -252,6 +545,8 @@ def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match='longest'): profile(q, states, lags=[20_000])
     with pytest.raises(ValueError, match='negative'): profile(q, states, weights=[-np.ones(20_000)])
     with pytest.raises(ValueError, match='weights'): profile(q, states, weights=[np.ones(5)])
+    for bins in (0, [0, 0.5], [0, 0.6, 0.5, 1], 'many'):
+        with pytest.raises(ValueError, match='n_bins'): profile(q, states, n_bins=bins)
     with pytest.raises(ValueError, match='known outcome'): scores([np.zeros(3)], [np.zeros(3)])
 
 
