@@ -315,13 +315,14 @@ def plot_contact_map(
     ax.set(xlabel='residue', ylabel='residue')
     return image
 
-# %% ../nbs/46_relevance.ipynb #78ed1e77
+# %% ../nbs/46_relevance.ipynb #695b7709
 def view_structure(
     native: md.Trajectory,
     values: np.ndarray, # (n,) one per C-alpha
 ): # `nglview.NGLWidget`; needs the package nglview
     "The structure in the browser, coloured by value; blue is low, red is high."
-    import nglview
+    from IPython.utils.capture import capture_output
+    with capture_output(): import nglview # which shows an empty widget when it is first imported
     scaled = np.zeros(native.n_atoms)
     place = {native.topology.atom(int(a)).residue.index: v for a, v in zip(ca_atoms(native.topology), 99 * np.clip(values, 0, None) / max(np.max(values), 1e-12))}
     for atom in native.topology.atoms: scaled[atom.index] = place.get(atom.residue.index, 0)

@@ -13,7 +13,7 @@ from torch import nn
 from foldbook import data, features
 from foldbook.committor import outcomes
 from foldbook.distill import Student
-from foldbook.relevance import (LogOdds, attention, attention_layer, contact_matrix, gradients, in_steps, integrated_gradients, permutation_importance,
+from foldbook.relevance import (Attributions, LogOdds, attention, attention_layer, contact_matrix, gradients, in_steps, integrated_gradients, permutation_importance,
                                 plot_chain, plot_contact_map, plot_importance, raw_windows, residue_groups, residue_values, transition_frames, view_structure)
 from foldbook.relevance import _error
 from foldbook.systems import lshape2d, persist1d
@@ -70,7 +70,7 @@ def test_shares_add_up(student, plane, baseline):
     frames = transition_frames(student, X, S, (0, 1), 60)
     came = np.concatenate([np.maximum.accumulate(np.where(s >= 0, 1, 0)) for s in S])
     a = integrated_gradients(student, X, S, frames[came[frames] > 0], baseline)
-    assert a.gap <= 1e-3 and np.abs(a.values.sum((1, 2)) - (a.output - a.start)).max() < 2e-3 * np.abs(a.output - a.start).mean()
+    assert isinstance(a, Attributions) and a.gap <= 1e-3 and np.abs(a.values.sum((1, 2)) - (a.output - a.start)).max() < 2e-3 * np.abs(a.output - a.start).mean()
     assert np.allclose(a.by_feature.sum(1), a.by_frame.sum(1))
     if isinstance(baseline, str): assert np.abs(a.by_feature[:, 3]).max() < 1e-6 # a constant has nothing to explain
 
