@@ -322,7 +322,7 @@ def _add_products(L, R, A):
 # %% ../nbs/40_committor.ipynb #b29cb02f
 MARTINGALE, LEAST_SQUARES, STATIONARY = 0, 1, 2 # kinds of equations
 
-# %% ../nbs/40_committor.ipynb #43ce593f
+# %% ../nbs/40_committor.ipynb #70053f3b
 @njit(cache=True, fastmath=True)
 def _orthogonality(y, z, lags, r, g, now, joined, begin, weights, degree, gamma, elapsed, kind):
     "Sums over pairs of frames, in one pass: matrix (K, K), its last column (K,), and the sums of the basis alone (K,)."
@@ -345,7 +345,8 @@ def _orthogonality(y, z, lags, r, g, now, joined, begin, weights, degree, gamma,
         basis(v[0], v[1], v[2], degree, L)
         basis(v[3], v[4], v[5], degree, R)
         for k in range(K):
-            if kind != MARTINGALE: alone[k] += (v[8] * L[k] + v[9] * R[k]).sum()
+            if kind == STATIONARY or (kind == LEAST_SQUARES and elapsed):
+                for j in range(size): alone[k] += v[8, j] * L[k, j] + v[9, j] * R[k, j]
             for j in range(size):
                 R[k, j] = v[6, j] * (R[k, j] - L[k, j]) - gamma * L[k, j]
                 L[k, j] = v[7, j] * (R[k, j] if kind == LEAST_SQUARES else L[k, j])
@@ -522,7 +523,7 @@ def _fingerprint(features):
     for f in as_ensemble(features, np.float32, 'features'): digest.update(str(f.shape).encode() + f.tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/40_committor.ipynb #591f086a
+# %% ../nbs/40_committor.ipynb #1405f417
 METHODS = {'NPNEq': MARTINGALE, 'NPq': LEAST_SQUARES, 'NPNEt': MARTINGALE, 'NPt': LEAST_SQUARES, 'NPNEw': STATIONARY}
 
 class NonparametricCommittor:
@@ -552,7 +553,7 @@ class NonparametricCommittor:
     kind = property(lambda self: METHODS[self.method]) # of equations
     sought = property(lambda self: self.method[-1]) # 'q', 't' or 'w'
     elapsed = property(lambda self: float(self.sought == 't')) # frames that a step adds to the increment of r
-    def bearable(self, size): return (size if self.sought == 'q' else 10 * size) + 1e3 # squared increments above which an update is rejected
+    def bearable(self, size): return (size if self.sought == 'q' else 1000 * size) + 1e3 # squared increments above which an update is rejected
 
     def fit(self, features, states, monitor=None, train=None, progress=True, weights=None):
         "Optimise `r`. `monitor(list of r) -> number` keeps the iterate where it is smallest; trajectories not listed in `train` follow the updates without determining them; `weights` (T,) per trajectory count the frames."
