@@ -8,8 +8,8 @@ Docs: https://foldbook.github.io/foldbook/students.html.md"""
 __all__ = ['candidate_terms', 'evaluate_terms', 'pursue', 'fit_weights', 'Formula', 'formula_gradient', 'Anatomy',
            'error_anatomy', 'white_errors', 'card', 'plot_law', 'hand_down', 'plot_sizes']
 
-# %% ../nbs/45_students.ipynb #c5fe75a7
-import itertools, json, math, time
+# %% ../nbs/45_students.ipynb #17bceb8d
+import itertools, json, math, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +39,7 @@ def evaluate_terms(
     "Value of each term in each frame: the product of its columns."
     return np.stack([np.prod([x[:, a].astype(np.float64) for a in t], axis=0) for t in terms], 1)
 
-# %% ../nbs/45_students.ipynb #aaf01d7a
+# %% ../nbs/45_students.ipynb #fce4616d
 def pursue(
     phi: np.ndarray, # float64 (N, M) candidate terms
     y: np.ndarray, # (N,) targets between 0 and 1
@@ -55,7 +55,9 @@ def pursue(
     use = np.flatnonzero(scale > 1e-9 * (1 + np.abs(mean))) # a constant column says nothing
     z = (phi[:, use] - mean[use]) / scale[use]
     gram, xy = (z * w[:, None]).T @ z, z.T @ (w * (response - w @ response / w.sum()))
-    found = orthogonal_mp_gram(gram, xy, n_nonzero_coefs=min(n_terms, len(use)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of columns that repeat one another, one is taken and the pursuit ends early
+        found = orthogonal_mp_gram(gram, xy, n_nonzero_coefs=min(n_terms, len(use)))
     return np.sort(use[np.flatnonzero(found)])
 
 # %% ../nbs/45_students.ipynb #3c59d4df
@@ -232,7 +234,7 @@ def card(
                t_max=z.t_max, t_max_se=z.t_max_se, label=z.verdict.label, passed=bool(z.verdict.passed))
     return row | ({} if above is None else error_anatomy(r, above, states)._asdict())
 
-# %% ../nbs/45_students.ipynb #d02ddf42
+# %% ../nbs/45_students.ipynb #586115b4
 def plot_law(
     groups: dict, # name -> dicts with 'budget', 'excess', 't_max'
     n_ab: float, # events of the judged frames
@@ -242,16 +244,17 @@ def plot_law(
     import matplotlib.pyplot as plt
     if axes is None: axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')[1]
     for (name, rows), marker in zip(groups.items(), 'os^Dv<>P'):
-        b = [row['budget'] for row in rows]
-        for ax, y in zip(axes, ('excess', 't_max')): ax.plot(b, [row[y] for row in rows], marker, ms=5, label=name)
-    line = np.geomspace(*axes[0].set_xscale('log') or axes[0].get_xlim(), 50)
-    axes[0].plot(line, line, color='0.4', lw=1, label='white errors')
+        for ax, y in zip(axes, ('excess', 't_max')): ax.plot([row['budget'] for row in rows], [row[y] for row in rows], marker, ms=5, label=name)
+    b = [row['budget'] for rows in groups.values() for row in rows]
+    line = np.geomspace(.6 * min(b), 1.7 * max(b), 50)
+    axes[0].plot(line, line, color='0.4', lw=1, label='the law of white errors')
     axes[0].axhline(0, color='0.8', lw=.8, zorder=0)
+    axes[0].set_yscale('symlog', linthresh=.01)
     axes[1].plot(line, np.hypot(1.4, line * math.sqrt(n_ab)), color='0.4', lw=1)
     axes[1].axhline(3, color='0.5', lw=.8, ls=':')
-    axes[0].set(xlabel='$N_{int}$ MSE / $N_{AB}$', ylabel=r'excess $\Delta r^2/2N_{AB}$ at lag 1', yscale='symlog')
-    axes[0].set_yscale('symlog', linthresh=.01)
-    axes[1].set(xlabel='$N_{int}$ MSE / $N_{AB}$', ylabel='$T_{max}$', xscale='log', yscale='log')
+    axes[1].set_yscale('log', subs=[])
+    axes[1].set_yticks([1, 2, 3, 5, 10, 20, 30], list(map(str, [1, 2, 3, 5, 10, 20, 30])))
+    for ax, y in zip(axes, (r'excess $\Delta r^2/2N_{AB}$ at lag 1', '$T_{max}$')): ax.set(xscale='log', xlabel='$N_{int}$ MSE / $N_{AB}$', ylabel=y)
     axes[0].legend(fontsize='x-small')
     return axes
 
@@ -271,7 +274,7 @@ def hand_down(
         teacher = student.transform(features, states)
     return stages
 
-# %% ../nbs/45_students.ipynb #ced20349
+# %% ../nbs/45_students.ipynb #08041f33
 def plot_sizes(
     cards: dict, # name -> dict of `card`
     axes=None, # two matplotlib axes, made if None
@@ -279,14 +282,12 @@ def plot_sizes(
     "Log-loss and T_max (with its error) against the number of parameters, one point a student; returns the axes."
     import matplotlib.pyplot as plt
     if axes is None: axes = plt.subplots(1, 2, figsize=(9, 3.3), layout='constrained')[1]
-    n = [c['parameters'] for c in cards.values()]
-    axes[0].plot(n, [c['log_loss'] for c in cards.values()], 'o-', lw=.6)
-    axes[1].errorbar(n, [c['t_max'] for c in cards.values()], [c['t_max_se'] for c in cards.values()], fmt='o-', lw=.6, capsize=3)
+    for (name, c), marker in zip(cards.items(), 'os^Dv<>P'):
+        axes[0].plot(c['parameters'], c['log_loss'], marker, ms=7)
+        axes[1].errorbar(c['parameters'], c['t_max'], c['t_max_se'], fmt=marker, ms=7, capsize=3, label=name)
     axes[1].axhline(3, color='0.5', lw=.8, ls=':')
-    for ax, y in zip(axes, ('log_loss', 't_max')):
-        for name, c in cards.items(): ax.annotate(name, (c['parameters'], c[y]), xytext=(0, 7), textcoords='offset points', ha='center', fontsize='x-small')
-        ax.set(xscale='log', xlabel='parameters')
-        ax.margins(.2)
-    axes[0].set_ylabel('log-loss, held-out frames')
-    axes[1].set(ylabel='$T_{max}$, held-out', ylim=(0, None))
+    for ax, y in zip(axes, ('log-loss, held-out frames', '$T_{max}$, held-out')): ax.set(xscale='log', xlabel='parameters', ylabel=y)
+    axes[1].set_ylim(0, None)
+    axes[0].margins(.15)
+    axes[1].legend(fontsize='small', loc='center left', bbox_to_anchor=(1, .5))
     return axes
