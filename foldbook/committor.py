@@ -456,12 +456,13 @@ def _apply(f, r, s, model):
     "Move r by one step."
     return _updated(*_variables(f, r, s), f.interior, f.begin, model.degree, s.alpha, model.ceiling)
 
-# %% ../nbs/40_committor.ipynb #379ecffc
+# %% ../nbs/40_committor.ipynb #8dc557e0
 def _draw(f, model, r, rng, window, fitted):
     "A random variable and lag; the window stays for ten iterations."
     lag, unit = int(rng.choice(model.history)), 1. if model.sought == 'q' else float(r[fitted].max())
     return Step(int(rng.integers(len(f.y))), lag, bool(lag > 0 and rng.random() < 0.5), *window, unit, None)
 
+# %% ../nbs/40_committor.ipynb #0d1bd4a5
 def _pairs(f, fitted, kind):
     "Frames that enter the equations, and whether each is joined to the next."
     near = f.flags < 0
@@ -475,7 +476,7 @@ def _solve(f, r, s, pairs, weights, model, gamma):
     A, b = (A.T, -alone) if model.kind == STATIONARY else (A, alone - column)
     return np.linalg.lstsq(A, b, rcond=None)[0]
 
-# %% ../nbs/40_committor.ipynb #f94f44b0
+# %% ../nbs/40_committor.ipynb #663dfc1d
 class _Trace(NamedTuple):
     "What an optimisation leaves behind."
     r: np.ndarray # the iterate that is kept
@@ -494,7 +495,7 @@ def _optimise(f, fitted, weights, bound, model, monitor, progress):
         s = _draw(f, model, r, rng, window, frames)
         s = s._replace(alpha=_solve(f, r, s, pairs, weights, model, gammas[i]))
         new = _apply(f, r, s, model)
-        if (new_size := _squared_displacement(new, counted)) < model.bearable(size): r, size = new, new_size; steps.append(s)
+        if (new_size := _squared_displacement(new, counted)) < _bearable(model, size): r, size = new, new_size; steps.append(s)
         sizes.append(size)
         if monitor and (i + 1) % model.monitor_every == 0:
             watched.append((i + 1, float(monitor(f.cut(r)))))
@@ -504,12 +505,16 @@ def _optimise(f, fitted, weights, bound, model, monitor, progress):
     if best[1] is not None: r, steps = best[1], steps[:best[2]]
     return _Trace(r, steps, sizes, watched, stop)
 
+# %% ../nbs/40_committor.ipynb #29c898e3
+def _bearable(model, size): return (size if model.sought == 'q' else 1000 * size) + 1e3 # squared increments above which an update is rejected
+
 def _damping(model):
     "gamma of every iteration."
     i = np.arange(model.n_iterations)
     g = np.array([model.gamma(k) for k in i] if callable(model.gamma) else np.atleast_1d(model.gamma), float)
     return np.interp(i, np.linspace(0, len(i) - 1, len(g)), g) * (model.kind != LEAST_SQUARES)
 
+# %% ../nbs/40_committor.ipynb #7fcce209
 def _bar(n, progress):
     "Iteration numbers, with a progress bar if wanted."
     if not progress: return range(n)
@@ -523,9 +528,17 @@ def _fingerprint(features):
     for f in as_ensemble(features, np.float32, 'features'): digest.update(str(f.shape).encode() + f.tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/40_committor.ipynb #1405f417
+# %% ../nbs/40_committor.ipynb #6a46a335
 METHODS = {'NPNEq': MARTINGALE, 'NPq': LEAST_SQUARES, 'NPNEt': MARTINGALE, 'NPt': LEAST_SQUARES, 'NPNEw': STATIONARY}
 
+def _check_options(model):
+    "Refuse options that no fit could use."
+    if model.method not in METHODS: raise ValueError(f'method={model.method!r} is not known; choose one of {", ".join(map(repr, METHODS))}')
+    if model.target not in ('A', 'B'): raise ValueError(f"target={model.target!r} is not a state; choose 'A' or 'B'")
+    if min(model.history, default=-1) < 0: raise ValueError(f'history={model.history}: give lags in frames into the past, 0 or more')
+    if not (np.isfinite(g := _damping(model)) & (g >= 0)).all(): raise ValueError(f'gamma={model.gamma}: every value must be finite and not negative')
+
+# %% ../nbs/40_committor.ipynb #1918c2f1
 class NonparametricCommittor:
     "A committor, mean first-passage time or weight as an optimised time series (Krivov, arXiv 2102.03950; with histories arXiv 2508.07326)."
     def __init__(self,
@@ -541,19 +554,15 @@ class NonparametricCommittor:
         target: str = 'A', # state whose first-passage time is sought by NPNEt and NPt: 'A' or 'B'
         largest: float | None = None, # r is clipped to [0, largest]; None: 1 for a committor, the number of fitted frames for a time, 1000 for a weight
     ):
-        if method not in METHODS: raise ValueError(f'method={method!r} is not known; choose one of {", ".join(map(repr, METHODS))}')
-        if target not in ('A', 'B'): raise ValueError(f"target={target!r} is not a state; choose 'A' or 'B'")
-        if min(history, default=-1) < 0: raise ValueError(f'history={history}: give lags in frames into the past, 0 or more')
         self.method, self.n_iterations, self.degree, self.seed = method, n_iterations, degree, seed
-        self.gamma = {'q': 0.2, 't': 0., 'w': 0.05}[self.sought] if gamma is None else gamma
         self.history, self.guard = [int(d) for d in history], float(method == 'NPq') if guard is None else guard
         self.monitor_every, self.patience, self.target, self.largest = monitor_every, patience, target, largest
-        if not (np.isfinite(g := _damping(self)) & (g >= 0)).all(): raise ValueError(f'gamma={gamma}: every value must be finite and not negative')
+        self.gamma = {'t': 0., 'w': 0.05}.get(self.sought, 0.2) if gamma is None else gamma
+        _check_options(self)
 
     kind = property(lambda self: METHODS[self.method]) # of equations
     sought = property(lambda self: self.method[-1]) # 'q', 't' or 'w'
     elapsed = property(lambda self: float(self.sought == 't')) # frames that a step adds to the increment of r
-    def bearable(self, size): return (size if self.sought == 'q' else 1000 * size) + 1e3 # squared increments above which an update is rejected
 
     def fit(self, features, states, monitor=None, train=None, progress=True, weights=None):
         "Optimise `r`. `monitor(list of r) -> number` keeps the iterate where it is smallest; trajectories not listed in `train` follow the updates without determining them; `weights` (T,) per trajectory count the frames."
@@ -576,7 +585,7 @@ class NonparametricCommittor:
     @classmethod
     def load(cls, directory): return _load(cls, Path(directory))
 
-# %% ../nbs/40_committor.ipynb #0fdecd00
+# %% ../nbs/40_committor.ipynb #0429aee6
 def _boundary(model, states):
     "Value of r on the boundary, -1 where it is sought: both states, the target only, or nothing."
     if model.sought == 'q': return states
@@ -595,6 +604,7 @@ def _first_guess(model, flags):
     if not arrivals: raise ValueError(f'no fitted trajectory arrives in {model.target}: its first-passage time cannot be known; add trajectories, or widen the state')
     return sum(int((s < 0).sum()) for s in flags) / arrivals
 
+# %% ../nbs/40_committor.ipynb #4b748eef
 def _fit(model, features, states, monitor, train, progress, weights):
     "Set the results of a fit."
     chosen = _chosen(len(features), train)
@@ -631,7 +641,7 @@ def replacing(path, write):
     finally: temporary.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/40_committor.ipynb #e0ece549
+# %% ../nbs/40_committor.ipynb #790f1c0f
 _OPTIONS = ('method', 'n_iterations', 'degree', 'history', 'gamma', 'guard', 'seed', 'monitor_every', 'patience', 'target', 'largest')
 _RESULTS = ('delta_r2', 'monitored', 'stopped', 'n_transitions', 'n_columns', 'fingerprint', 'start', 'mean', 'ceiling')
 
@@ -647,6 +657,7 @@ def _save(model, directory):
     replacing(directory / 'committor.npz', lambda p: _save_npz(p, series | steps | model.scale._asdict()))
     replacing(directory / 'committor.json', lambda p: p.write_text(json.dumps(kept)))
 
+# %% ../nbs/40_committor.ipynb #5addfbeb
 def _load(cls, directory):
     "Read what `save` wrote; raises `FileNotFoundError` naming the missing file."
     for name in ('committor.npz', 'committor.json'):

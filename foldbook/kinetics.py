@@ -31,12 +31,13 @@ def units(
         first = found[-1][-1] + 1
     return found
 
-# %% ../nbs/44_kinetics.ipynb #c5c02ba3
+# %% ../nbs/44_kinetics.ipynb #9e7d0111
 class Estimate(NamedTuple):
     "Values and their standard errors."
     value: np.ndarray
     se: np.ndarray # nan without a bootstrap
 
+# %% ../nbs/44_kinetics.ipynb #e6f6beae
 def bootstrap(
     estimate, # function of frame weights, float64 (N,) over all trajectories end to end, that returns an array
     states, # flags, (T,) per trajectory
@@ -52,13 +53,14 @@ def bootstrap(
     value, replicates = np.asarray(estimate(w)), [estimate(w * d[unit]) for d in draws]
     with np.errstate(invalid='ignore'): return Estimate(value, np.std(replicates, 0) if n_bootstrap and n > 1 else np.full_like(value, np.nan))
 
-# %% ../nbs/44_kinetics.ipynb #ffb7402b
+# %% ../nbs/44_kinetics.ipynb #7fc67aee
 def _flux_terms(r, states, flux):
     "One number per frame whose weighted sum is the number of transitions A to B."
     if flux == 'committor': return [np.append(np.diff(x) * (1 - x[:-1]), 0) for x in r]
     if flux != 'counted': raise ValueError(f"flux={flux!r} is not known; choose 'counted' or, for short or weighted trajectories, 'committor'")
     return [np.isin(np.arange(len(s)), _departures(s)[0]).astype(float) for s in states]
 
+# %% ../nbs/44_kinetics.ipynb #1ffc563b
 def rates(
     r, # committor, (T,) per trajectory, exactly 0 on A and 1 on B
     states, # flags of the same frames
@@ -83,7 +85,7 @@ def rates(
     if not found.value[0] > 0: raise ValueError('no transition A to B was found; use longer trajectories, wider states, or flux="committor" with a committor that leaves A')
     return pd.DataFrame({'value': found.value, 'se': found.se}, ['j', 'mfpt_ab', 'mfpt_ba', 'mtpt'])
 
-# %% ../nbs/44_kinetics.ipynb #599696d9
+# %% ../nbs/44_kinetics.ipynb #60963f3b
 class Cuts(NamedTuple):
     "Cut profiles along a coordinate; row 0 is the data, the others are bootstrap replicates."
     x: np.ndarray # (n,) levels
@@ -91,6 +93,7 @@ class Cuts(NamedTuple):
     total: np.ndarray # (1 + replicates,) weight of all windows, divided by the lag
     window: float # time of a window
 
+# %% ../nbs/44_kinetics.ipynb #5e46303d
 def cuts(
     r, # coordinate in any unit, (T,) per trajectory
     states, # flags of the same frames, for the units of the bootstrap
@@ -112,19 +115,21 @@ def cuts(
     bootstrap(lambda w: samples.append((np.stack([profile(w, a) for a in (-1, 0, 1)]), w @ windows / lag)) or 0., states, weights, resample, n_bootstrap, seed)
     return Cuts(edges[1:-1], *map(np.array, zip(*samples)), lag * spacing)
 
-# %% ../nbs/44_kinetics.ipynb #59a8bcc5
+# %% ../nbs/44_kinetics.ipynb #943878eb
 class Curve(NamedTuple):
     "A quantity along a coordinate."
     x: np.ndarray # (n,)
     value: np.ndarray # (n,)
     se: np.ndarray # (n,) nan without replicates
 
+# %% ../nbs/44_kinetics.ipynb #0d8ad7bd
 def _curve(c, f):
     "f(z, total) of the data, with the spread over replicates."
     with np.errstate(divide='ignore', invalid='ignore'):
         values = np.array([f(z, n) for z, n in zip(c.z, c.total)])
         return Curve(c.x, values[0], values[1:].std(0) if len(values) > 1 else np.full(len(c.x), np.nan))
 
+# %% ../nbs/44_kinetics.ipynb #a4cd96a2
 def plot_curve(
     curve: Curve,
     ax=None,
@@ -137,13 +142,14 @@ def plot_curve(
     ax.fill_between(curve.x, curve.value - curve.se, curve.value + curve.se, color=line.get_color(), alpha=0.25, lw=0)
     return ax
 
-# %% ../nbs/44_kinetics.ipynb #954a6cc3
+# %% ../nbs/44_kinetics.ipynb #64b8ea10
 def free_energy(
     c: Cuts,
 ) -> Curve: # kT
     "Minus the logarithm of the probability per unit of the coordinate."
     return _curve(c, lambda z, n: -np.log(2 * z[0] / n))
 
+# %% ../nbs/44_kinetics.ipynb #f8d37922
 def diffusion(
     c: Cuts,
     exponent: int = 1, # of the profile that is used beside that of exponent -1: 1 (mean square step) or 0 (mean length)
@@ -153,7 +159,7 @@ def diffusion(
     if exponent: return _curve(c, lambda z, n: z[2] / (2 * c.window * z[0]))
     return _curve(c, lambda z, n: np.pi / c.window * (z[1] / (2 * z[0]))**2)
 
-# %% ../nbs/44_kinetics.ipynb #5cf48ad2
+# %% ../nbs/44_kinetics.ipynb #71827e3d
 def _integral(x, f):
     "Trapezoidal integral from the first level."
     return np.append(0, np.cumsum((f[1:] + f[:-1]) / 2 * np.diff(x)))
@@ -164,6 +170,7 @@ def natural_coordinate(
     "Position along which the diffusion coefficient is 1, from 0 at the first level."
     return _curve(c, lambda z, n: _integral(c.x, np.sqrt(2 * c.window * z[0] / z[2])))
 
+# %% ../nbs/44_kinetics.ipynb #a40317a9
 def natural_free_energy(
     c: Cuts,
 ) -> Curve: # kT, with x the natural coordinate
@@ -171,12 +178,13 @@ def natural_free_energy(
     F = _curve(c, lambda z, n: -np.log(2 * z[0] / n) - np.log(z[2] / (2 * c.window * z[0])) / 2)
     return F._replace(x=natural_coordinate(c).value)
 
-# %% ../nbs/44_kinetics.ipynb #a66b5fa9
+# %% ../nbs/44_kinetics.ipynb #748c72d4
 def _resistance(c, z, low, high):
     "Integral of 1 / Z_C1 from `low` up to each level, 0 below and constant above."
     inside = (c.x >= low) & (c.x <= high)
     return _integral(c.x, np.where(inside, 1 / z[2], 0))
 
+# %% ../nbs/44_kinetics.ipynb #6041f90c
 def diffusive_committor(
     c: Cuts,
     low: float, # A is x <= low
@@ -186,6 +194,7 @@ def diffusive_committor(
     if not c.x[0] <= low < high <= c.x[-1]: raise ValueError(f'low={low}, high={high}: the levels reach from {c.x[0]:.3g} to {c.x[-1]:.3g}')
     return _curve(c, lambda z, n: (R := _resistance(c, z, low, high)) / R[-1])
 
+# %% ../nbs/44_kinetics.ipynb #f96911ed
 def diffusive_transitions(
     c: Cuts,
     low: float, # A is x <= low

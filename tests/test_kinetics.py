@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from foldbook.committor import NonparametricCommittor, count_transitions
-from foldbook.kinetics import (Curve, Estimate, bootstrap, cuts, diffusion, diffusive_committor, diffusive_transitions, free_energy, natural_coordinate,
+from foldbook.kinetics import (Cuts, Curve, Estimate, bootstrap, cuts, diffusion, diffusive_committor, diffusive_transitions, free_energy, natural_coordinate,
                                natural_free_energy, plot_curve, rates, units)
 from foldbook.systems import dw1d, lshape2d, persist1d
 from foldbook.zq import cut_profile, cut_profiles
@@ -199,7 +199,7 @@ def test_windows_do_not_cross_seams():
         for k, alpha in enumerate((-1, 0, 1)):
             parts = sum(cut_profile([x], lag, alpha, None, edges)[1][:-1] * 1. for x in (r[0], r[2]))
             assert np.allclose(c.z[0, k], parts, rtol=.05 if alpha < 0 else 1e-12)
-        assert c.total[0] == (70 - 2 * lag) / lag
+        assert isinstance(c, Cuts) and c.window == lag and c.total[0] == (70 - 2 * lag) / lag
 
 
 def test_bad_input():
