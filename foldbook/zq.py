@@ -94,7 +94,7 @@ def _bins(r, n_bins):
     if np.ndim(n_bins) == 0: return _equal_bins(r, n_bins)
     return np.clip(np.searchsorted(n_bins, r, 'right') - 1, 0, len(n_bins) - 1).astype(np.int32)
 
-# %% ../nbs/41_zq.ipynb #fde3787f
+# %% ../nbs/41_zq.ipynb #cec9dbe0
 def log_edges(
     n_bins: int = 200, # even
     smallest: float = 1e-4, # first edge above 0, and distance of the last but one from 1
@@ -103,6 +103,7 @@ def log_edges(
     half = np.geomspace(smallest, 0.5, n_bins // 2)
     return np.r_[0, half, 1 - half[-2::-1], 1]
 
+# %% ../nbs/41_zq.ipynb #825d2b98
 def _edges(n_bins, r):
     "A number of equal bins, or edges from 0 to 1; 'exact' makes an edge of every value of r."
     if isinstance(n_bins, str): return np.unique(np.clip(np.concatenate([[0, 1], *r]), 0, 1)) if n_bins == 'exact' else _edges([], r)
@@ -208,7 +209,7 @@ class Verdict:
         head = 'PASS' if self.passed else f'FAIL ({self.label})'
         return f'{head}: {self.reason}.' + (f' Try: {self.advice}.' if self.advice else '')
 
-# %% ../nbs/41_zq.ipynb #c02ea093
+# %% ../nbs/41_zq.ipynb #f10d9898
 @dataclass(frozen=True, eq=False)
 class ZqResult:
     "Z_q at all lags and what follows from it; all that is measured in N_AB is None when no A to B transition was counted."
@@ -242,15 +243,22 @@ class ZqResult:
     def t_max(self): return float(self.t_max_per_lag.max()) if self.n_ab else None
     @property
     def t_sd(self): return float(self.t_sd_per_lag.max()) if self.n_ab else None
-    @property
-    def t_ne(self): return float(self.t_ne_per_lag.max()) if self.t_ne_per_lag is not None else None
-    @property
-    def decisive(self): return ('T_max', self.t_max) if self.t_ne is None else ('T_ne', self.t_ne) # statistic that the verdict rests on
-    @property
-    def p_values(self): # chance that the true committor does worse, for each statistic that there is
-        return {k: 1 - law(k, v) for k in ('t_max', 't_sd', 't_ne') if (v := getattr(self, k)) is not None}
-    @property
-    def p_value(self): return self.p_values.get('t_max')
+
+# %% ../nbs/41_zq.ipynb #d4c332ca
+def _t_ne_of(self):
+    "Largest T_ne over the lags."
+    return float(self.t_ne_per_lag.max()) if self.t_ne_per_lag is not None else None
+
+def _decisive(self):
+    "Name and value of the statistic that the verdict rests on."
+    return ('T_max', self.t_max) if self.t_ne is None else ('T_ne', self.t_ne)
+
+def _p_values(self):
+    "Chance that the true committor does worse, for each statistic that there is."
+    return {k: 1 - law(k, v) for k in ('t_max', 't_sd', 't_ne') if (v := getattr(self, k)) is not None}
+
+ZqResult.t_ne, ZqResult.decisive, ZqResult.p_values = property(_t_ne_of), property(_decisive), property(_p_values)
+ZqResult.p_value = property(lambda self: self.p_values.get('t_max'))
 
 # %% ../nbs/41_zq.ipynb #22f06b57
 def _table(self):
@@ -598,7 +606,7 @@ def regular(
     grids = [t[0] + step * (np.arange(round((t[-1] - t[0]) / step) + 1) + 1e-6) for t in times]
     return [v[np.searchsorted(t, g, 'right') - 1] for v, t, g in zip(x, times, grids)]
 
-# %% ../nbs/41_zq.ipynb #d8b8e229
+# %% ../nbs/41_zq.ipynb #0b05c38f
 class TauProfile(NamedTuple):
     "Z_tau over a ladder of lags."
     lags: np.ndarray # (L,), frames
@@ -609,6 +617,7 @@ class TauProfile(NamedTuple):
     @property
     def ratio(self): return self.z / self.duration # (L, n_bins)
 
+# %% ../nbs/41_zq.ipynb #28bb06db
 def profile_tau(
     tau, # estimated mean first passage time to the target, (T,) per trajectory; 0 on it
     states, # flags of the same frames
@@ -750,7 +759,7 @@ def _beta(r, states):
     c, *w = minimize(loss, [0, 1, 1], jac=True, method='BFGS').x
     return clamp([expit(c + w @ logs(np.clip(x, 1e-6, 1 - 1e-6))) for x in r], states)
 
-# %% ../nbs/41_zq.ipynb #64d957ee
+# %% ../nbs/41_zq.ipynb #fc89a3c3
 def _head(r, states, n_frames=1_000_000):
     "The first trajectories, up to that many frames: enough for a diagnosis."
     room = np.maximum(n_frames - np.cumsum([0] + [len(x) for x in r]), 0)
@@ -780,7 +789,7 @@ def _judge_cures(result, r, states, reference, lengths):
     if slope > 1.03 and (s := trial([np.clip(slope * x + level, 0, 1) for x in r], lags)) < min(t / 3, max(2 * LIMIT, t / 8)):
         return Verdict('wrong level', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} for {slope:.2f} r {level:+.2f}: between the states r runs from about {max(-level / slope, 0):.2f} to {min((1 - level) / slope, 1):.2f}, not from 0 to 1',
                        'stretch r so that it tends to 0 at A and to 1 at B, or fit an isotonic map on the training part')
-    if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta))) < min(2 * LIMIT, 0.6 * t):
+    if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta, _chain)[:3 if name == 'T_ne' else 2])) < min(2 * LIMIT, 0.6 * t):
         return Verdict('miscalibrated', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} after a monotone recalibration: the order of frames is right, their values are not', 'fit an isotonic map or a one-dimensional committor on the training part')
 
 # %% ../nbs/41_zq.ipynb #15f0dee2
