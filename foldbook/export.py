@@ -7,7 +7,7 @@ Docs: https://foldbook.github.io/foldbook/export.html.md"""
 # %% auto #0
 __all__ = ['SMOOTH', 'PairTerms', 'pair_terms', 'responses', 'evaluate_features', 'Deployed', 'slope', 'to_positions',
            'position_gradient', 'write_torchscript', 'plumed_input', 'write_onnx', 'openmm_force', 'python_force',
-           'run_biased', 'unbiased_weights', 'free_energy', 'umbrella_free_energy']
+           'run_biased', 'unbiased_weights', 'weighted_free_energy', 'umbrella_free_energy']
 
 # %% ../nbs/48_export.ipynb #12aabf21
 import contextlib, io, logging, math, time, warnings
@@ -44,7 +44,7 @@ class PairTerms:
     def atoms(self, topology) -> np.ndarray: # (P, 2) indices in a topology
         return np.array([find_atoms(topology, pair) for pair in self.labels])
 
-# %% ../nbs/48_export.ipynb #954c111c
+# %% ../nbs/48_export.ipynb #8d70e838
 def pair_terms(
     description: Features, # columns the student reads
     native: md.Trajectory, # C-alpha structure the contacts refer to
@@ -53,10 +53,11 @@ def pair_terms(
     kind = [name.split()[0] for name in description.names]
     if bad := [n for n, k in zip(description.names, kind) if k not in ('d', 'contact', 'end_to_end', 'Q_soft')]:
         raise ValueError(f'feature {bad[0]!r} is not a smooth sum over atom pairs; train the student on features.named(export.SMOOTH, ...)')
-    touching = [tuple(a) for k, a in zip(kind, description.atoms) if k in ('contact', 'd')]
+    touching = [tuple(a) for k, a in zip(kind, description.atoms) if k == 'contact']
     labels = list(dict.fromkeys(tuple(a) for k, a in zip(kind, description.atoms) if k != 'Q_soft'))
-    contacts = [labels.index(a) for a in dict.fromkeys(touching)]
-    if 'Q_soft' in kind and not contacts: raise ValueError('Q_soft needs the columns of its contacts beside it; use export.SMOOTH')
+    contacts = [labels.index(a) for a in touching]
+    if 'Q_soft' in kind and set(description.atoms[kind.index('Q_soft')]) != {a for pair in touching for a in pair}:
+        raise ValueError('Q_soft needs the columns of its contacts beside it, between C-alphas; use export.SMOOTH with a C-alpha structure, or leave Q_soft out')
     D, C, G = np.zeros((3, len(labels), len(kind)))
     for f, (k, a) in enumerate(zip(kind, description.atoms)):
         if k == 'Q_soft': G[contacts, f] = 1 / len(contacts)
@@ -333,8 +334,8 @@ def unbiased_weights(
         if np.abs(step).max(initial=0) < 1e-9: return np.exp(-total - logsumexp(-total))
     raise ValueError('the weights did not converge: put the windows closer together')
 
-# %% ../nbs/48_export.ipynb #0e2c4eba
-def free_energy(
+# %% ../nbs/48_export.ipynb #688cc231
+def weighted_free_energy(
     z: np.ndarray, # (N,) coordinate
     edges: np.ndarray, # of the bins
     weights: np.ndarray | None = None, # of the frames
@@ -344,7 +345,7 @@ def free_energy(
     F = -np.log(np.where(h > 0, h, np.nan) / np.diff(edges))
     return F - np.nanmean(F)
 
-# %% ../nbs/48_export.ipynb #7148b820
+# %% ../nbs/48_export.ipynb #913403b9
 def umbrella_free_energy(
     windows: list, # (N_k,) coordinate sampled in each window, in order of time
     centres, # of the harmonic bias of each window
@@ -356,7 +357,7 @@ def umbrella_free_energy(
     def estimate(parts):
         z = np.concatenate(parts)
         bias = 0.5 * kappa * (z - np.asarray(centres)[:, None])**2
-        return free_energy(z, edges, unbiased_weights(bias, [len(p) for p in parts]))
+        return weighted_free_energy(z, edges, unbiased_weights(bias, [len(p) for p in parts]))
     pieces = [np.array_split(w, blocks) for w in windows]
     left = np.array([estimate([np.concatenate(p[:k] + p[k + 1:]) for p in pieces]) for k in range(blocks)])
     return estimate(windows), np.sqrt((blocks - 1) * left.var(axis=0))

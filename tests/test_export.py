@@ -14,8 +14,8 @@ from scipy.stats import norm
 
 from foldbook import data, features, simulation
 from foldbook.distill import Student
-from foldbook.export import (SMOOTH, Deployed, PairTerms, evaluate_features, free_energy, openmm_force, pair_terms, plumed_input, position_gradient,
-                             python_force, responses, run_biased, slope, umbrella_free_energy, unbiased_weights, write_onnx, write_torchscript)
+from foldbook.export import (SMOOTH, Deployed, PairTerms, evaluate_features, openmm_force, pair_terms, plumed_input, position_gradient,
+                             python_force, responses, run_biased, slope, umbrella_free_energy, unbiased_weights, weighted_free_energy, write_onnx, write_torchscript)
 
 
 @pytest.fixture(scope='module')
@@ -211,6 +211,9 @@ def test_what_cannot_be_exported_is_refused_with_a_cure(villin):
     rule = features.named('Q + RMSD', villin['native'])
     with pytest.raises(ValueError, match="feature 'Q' is not a smooth sum"): pair_terms(rule.features, villin['native'])
     with pytest.raises(ValueError, match='needs the columns of its contacts'): pair_terms(features.named('Q_soft', villin['native']).features, villin['native'])
+    heavy = features.named('Q_soft + contacts', villin['native']).features
+    other = features.Features(heavy.names, heavy.units, (heavy.atoms[0] + ('LEU1-CB',),) + heavy.atoms[1:]) # as of an all-atom structure
+    with pytest.raises(ValueError, match='between C-alphas'): pair_terms(other, villin['native'])
     few = pair_terms(features.named('contact_distances', villin['native']).features, villin['native'])
     with pytest.raises(ValueError, match='the terms describe'): Deployed(villin['student'], few)
 
@@ -269,7 +272,7 @@ def test_weights_solve_their_own_equation():
     f = -np.log((w * np.exp(-bias)).sum(1))
     again = 1 / (n[:, None] * np.exp(f[:, None] - bias)).sum(0)
     np.testing.assert_allclose(w, again / again.sum(), rtol=1e-8)
-    F = free_energy(np.array([.1, .1, .9]), np.linspace(0, 1, 4))
+    F = weighted_free_energy(np.array([.1, .1, .9]), np.linspace(0, 1, 4))
     assert np.isnan(F[1]) and np.isfinite(F[[0, 2]]).all() and F[0] < F[2]
 
 
@@ -279,6 +282,6 @@ def test_the_stored_umbrella_run_agrees_with_the_unbiased_trajectories():
     middle = (edges[1:] + edges[:-1]) / 2
     assert counts.shape == (8, len(edges) - 1) and counts.sum() > 75_000
     F, error = umbrella_free_energy([np.array(w) for w in stored['windows']], stored['centres'], stored['kappa_kT'], edges)
-    each = np.array([free_energy(middle, edges, counts.sum(0) - h) for h in counts])
-    G, G_error = free_energy(middle, edges, counts.sum(0)), np.sqrt(7 * each.var(0))
+    each = np.array([weighted_free_energy(middle, edges, counts.sum(0) - h) for h in counts])
+    G, G_error = weighted_free_energy(middle, edges, counts.sum(0)), np.sqrt(7 * each.var(0))
     assert np.sqrt(np.mean((F - G)**2 / (error**2 + G_error**2))) < 2 and np.abs(F - G).max() < 1
