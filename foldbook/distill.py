@@ -485,11 +485,11 @@ def hidden_layer(
     network.train(was)
     return windows.split(torch.cat([phi, torch.ones_like(phi[:, :1])], 1).cpu().numpy())
 
-# %% ../nbs/42_distillation.ipynb #05908b8e
+# %% ../nbs/42_distillation.ipynb #fc4a42c4
 def recalibration(
     r: list, # (T,) per trajectory
     states: list, # int8 (T,) per trajectory
-    lam: float = 0.5, # as in the martingale loss
+    lam: float = 0.5, # of the eligibility traces
     n_knots: int = 20, # at quantiles of r between the states
     ridge: float = 1e-3, # how firmly the function is held to the identity
 ) -> tuple: # knots, and the value at each: a piecewise linear, increasing function with 0 -> 0 and 1 -> 1
@@ -530,7 +530,20 @@ def _digest(options, *parts):
         h.update(b'|')
     return h.hexdigest()
 
-# %% ../nbs/42_distillation.ipynb #9b1d513a
+# %% ../nbs/42_distillation.ipynb #d72b8a0d
+def _check_options(o):
+    "Refuse options that make no student."
+    for name, allowed in (('architecture', ARCHITECTURES), ('loss', LOSSES)):
+        if getattr(o, name) not in allowed: raise ValueError(f'{name}={getattr(o, name)!r} is not known; choose one of {", ".join(allowed)}')
+    if o.loss == 'variational' and (o.window > 1 or o.reach or o.differences):
+        raise ValueError('loss="variational" is for memoryless students: with a window the functional falls below its bound by smoothing; use loss="martingale"')
+    if not o.lags or min(o.lags) < 1: raise ValueError(f'lags={o.lags}; give one or more lags of at least one frame')
+    for name in ('window', 'members', 'max_epochs', 'batch_size', 'hidden'):
+        if (value := getattr(o, name)) < 1: raise ValueError(f'{name}={value}; it must be at least 1')
+    if o.architecture == 'transformer' and o.hidden % 2: raise ValueError(f'hidden={o.hidden}; a transformer needs an even number, it has two heads')
+    if o.keep + (o.components or 0) < 1 and o.components is not None: raise ValueError('keep=0 and components=0 leave a student nothing to read')
+
+# %% ../nbs/42_distillation.ipynb #bcf39815
 @dataclass
 class StudentOptions:
     "What a student is and how it is trained; every field is an argument of `Student`."
@@ -565,17 +578,9 @@ class StudentOptions:
     threads: int = 1 # small networks are slower on more; 0 leaves the number alone
 
     def __post_init__(self):
-        for name, allowed in (('architecture', ARCHITECTURES), ('loss', LOSSES)):
-            if getattr(self, name) not in allowed: raise ValueError(f'{name}={getattr(self, name)!r} is not known; choose one of {", ".join(allowed)}')
         if self.architecture == 'mlp': self.window, self.reach = 1, 0
-        if self.loss == 'variational' and (self.window > 1 or self.reach or self.differences):
-            raise ValueError('loss="variational" is for memoryless students: with a window the functional falls below its bound by smoothing; use loss="martingale"')
         self.lags = tuple(int(k) for k in self.lags)
-        if not self.lags or min(self.lags) < 1: raise ValueError(f'lags={self.lags}; give one or more lags of at least one frame')
-        for name in ('window', 'members', 'max_epochs', 'batch_size', 'hidden'):
-            if (value := getattr(self, name)) < 1: raise ValueError(f'{name}={value}; it must be at least 1')
-        if self.architecture == 'transformer' and self.hidden % 2: raise ValueError(f'hidden={self.hidden}; a transformer needs an even number, it has two heads')
-        if self.keep + (self.components or 0) < 1 and self.components is not None: raise ValueError('keep=0 and components=0 leave a student nothing to read')
+        _check_options(self)
         self.networks, self.history, self.seconds, self.error_budget, self.bend = [], [], 0., None, None
 
 # %% ../nbs/42_distillation.ipynb #34ed7e05
@@ -669,42 +674,9 @@ class _Stored:
         self.networks = [_restored(self._network, w) for w in weights]
         return self
 
-# %% ../nbs/42_distillation.ipynb #a6d8b3e6
-class Student(StudentOptions, _Stored):
-    "A network, or the mean of several, that maps a causal window of features to the committor."
-    @property
-    def n_parameters(self): return sum(p.numel() for n in self.networks for p in n.parameters())
-    @property
-    def tokens(self): return self.window + len(doublings(self.window, self.reach)) - 1 # what a network reads: frames one by one, and means
-    def _network(self): return CommittorNetwork(self.architecture, self.mix.shape[1] * (1 + self.differences), self.hidden, self.dropout, self.tokens)
-    def _windows(self, features): return Windows(features, self.mean, self.mix, self.window, self.pace, self.reach)
-
-    def fit(self,
-        features, # float32 (T, F) per trajectory
-        states, # int8 (T,) per trajectory: 0 in A, 1 in B, -1 elsewhere
-        teacher=None, # committor of the same frames, for the teacher losses
-        validation=None, # (features, states) of other trajectories, for early stopping
-        directory=None, # where to keep checkpoints; a fit that was killed goes on from there
-        progress: bool = True, # show a bar of epochs, and the error budget at the end
-    ) -> 'Student':
-        "Train; raises `ValueError` for data that do not fit together or a directory that holds another student's checkpoints."
-        X, S, teacher, validation = _validated(self, features, states, teacher, validation)
-        digest = _digest({k: v for k, v in asdict(self).items() if k not in _HARDWARE}, X, S, teacher, *(validation or ()))
-        self.mean, self.mix = directions(X, S, self.components, self.keep)
-        self.pace = _pace(X, self.mix) if self.differences else None
-        held_out = validation and (self._windows(validation[0]), validation[1])
-        with _quiet(self.threads), tqdm(total=self.members * self.max_epochs, disable=not progress, desc=f'{self.architecture}, {self.loss}') as bar:
-            books = [_train(self, m, self._windows(X), S, teacher, held_out, directory, digest, bar) for m in range(self.members)]
-            self.networks, self.bend = [_restored(self._network, b['best']) for b in books], None
-            if self.lstd:
-                for network in self.networks: solve_head(network, self._windows(X), S, self.lam, self.ridge)
-            if self.calibrate: self.bend = np.stack(recalibration(self.transform(X), S, self.lam))
-        self.history = [dict(member=m, **row) for m, b in enumerate(books) for row in b['history']]
-        self.seconds = sum(b['seconds'] for b in books)
-        if teacher: self.error_budget = error_budget(self.transform(X, S), clamp(teacher, S), S)
-        if teacher and progress: tqdm.write(f'{self.architecture}, {self.loss}: N_int * MSE / N_AB = {self.error_budget:.3f} against the teacher, training frames')
-        return self
-
+# %% ../nbs/42_distillation.ipynb #67052773
+class _Answers:
+    "The committor of frames, and its spread."
     def transform(self,
         features, # float32 (T, F) per trajectory
         states=None, # flags of the same frames; the result is then exactly 0 on A and 1 on B
@@ -732,6 +704,42 @@ class Student(StudentOptions, _Stored):
         with _quiet(self.threads):
             windows = self._windows(X)
             return [np.stack(m) for m in zip(*(predict(n, windows) for n in self.networks))]
+
+# %% ../nbs/42_distillation.ipynb #a71b7fee
+class Student(StudentOptions, _Answers, _Stored):
+    "A network, or the mean of several, that maps a causal window of features to the committor."
+    @property
+    def n_parameters(self): return sum(p.numel() for n in self.networks for p in n.parameters())
+    @property
+    def tokens(self): return self.window + len(doublings(self.window, self.reach)) - 1 # what a network reads: frames one by one, and means
+    def _network(self): return CommittorNetwork(self.architecture, self.mix.shape[1] * (1 + self.differences), self.hidden, self.dropout, self.tokens)
+    def _windows(self, features): return Windows(features, self.mean, self.mix, self.window, self.pace, self.reach)
+
+    def fit(self,
+        features, # float32 (T, F) per trajectory
+        states, # int8 (T,) per trajectory: 0 in A, 1 in B, -1 elsewhere
+        teacher=None, # committor of the same frames, for the teacher losses
+        validation=None, # (features, states) of other trajectories, for early stopping
+        directory=None, # where to keep checkpoints; a fit that was killed goes on from there
+        progress: bool = True, # show a bar of epochs, and the error budget at the end
+    ) -> 'Student':
+        "Train; raises `ValueError` for data that do not fit together or a directory that holds another student's checkpoints."
+        X, S, teacher, validation = _validated(self, features, states, teacher, validation)
+        digest = _digest({k: v for k, v in asdict(self).items() if k not in _HARDWARE}, X, S, teacher, *(validation or ()))
+        self.mean, self.mix = directions(X, S, self.components, self.keep)
+        self.pace = _pace(X, self.mix) if self.differences else None
+        held_out = validation and (self._windows(validation[0]), validation[1])
+        with _quiet(self.threads), tqdm(total=self.members * self.max_epochs, disable=not progress, desc=f'{self.architecture}, {self.loss}') as bar:
+            books = [_train(self, m, self._windows(X), S, teacher, held_out, directory, digest, bar) for m in range(self.members)]
+            self.networks, self.bend = [_restored(self._network, b['best']) for b in books], None
+            if self.lstd:
+                for network in self.networks: solve_head(network, self._windows(X), S, self.lam, self.ridge)
+            if self.calibrate: self.bend = np.stack(recalibration(self.transform(X), S))
+        self.history = [dict(member=m, **row) for m, b in enumerate(books) for row in b['history']]
+        self.seconds = sum(b['seconds'] for b in books)
+        if teacher: self.error_budget = error_budget(self.transform(X, S), clamp(teacher, S), S)
+        if teacher and progress: tqdm.write(f'{self.architecture}, {self.loss}: N_int * MSE / N_AB = {self.error_budget:.3f} against the teacher, training frames')
+        return self
 
 # %% ../nbs/42_distillation.ipynb #7b02bb34
 def report(
