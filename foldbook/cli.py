@@ -278,6 +278,7 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
         seeds: Annotated[int, typer.Option(help='How many times whatever is learned is learned, with this and the following seeds; the table shows median and range.')]=1,
         split_seed: Annotated[Optional[int], typer.Option(help='Shuffle the trajectories before the split; without it the last ones test.')]=None,
         students: Annotated[str, typer.Option(help='architecture:loss, separated by commas. [default: see the configuration]')]='',
+        components: Annotated[int, typer.Option(help='Combinations of all features that a student reads besides the first four; 0: its default.')]=0,
         baselines: Annotated[str, typer.Option(help='Rivals, separated by commas; none for none. [default: logistic,msm,vampnet,srv]')]='',
         devices: Annotated[str, typer.Option(help='Accelerators for training, as Lightning takes them.')]='auto',
         workers: Annotated[int, typer.Option(help='Students and baselines trained at a time; 0: one a core.')]=0,
@@ -292,6 +293,7 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
                     split_seed=split_seed, seed=seed, shooting=shooting) | (dict(students=tuple(students.split(','))) if students else {})
     settings |= dict(seeds=seeds, stride=stride) | (dict(baselines=() if baselines == 'none' else tuple(baselines.split(','))) if baselines else {})
     config = evaluate.quick(**settings) if quick else evaluate.Config(**settings)
+    if components: config.student_options['components'] = components
     out = out or Path('runs')/('quick' if quick else 'default')
     table = evaluate.run(config, out, overwrite, devices, workers, _client(scheduler), say=_console().print)
     _print_board(table)

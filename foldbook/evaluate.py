@@ -181,7 +181,7 @@ def _pm(x, e, digits=1, seeds=()):
     low, high = (f'{f(seeds):.{digits}f}' if len(seeds) > 1 else '' for f in (min, max))
     return f'{x:.{digits}f}' + (f' ± {e:.{digits}f}' if e is not None and np.isfinite(e) else '') + (f' ({low}–{high})' if low else '')
 
-# %% ../nbs/60_evaluation.ipynb #7a11ff35
+# %% ../nbs/60_evaluation.ipynb #ecc38d9d
 @dataclass
 class Config:
     "What a run depends on. Empty `trajectories` means the shipped data set `data`."
@@ -199,7 +199,7 @@ class Config:
     seed: int=0 # of every random number
     seeds: int=1 # how many times whatever is learned with random numbers is learned: seed, seed + 1, ...
     baselines: tuple=tuple(BASELINES) # names in `foldbook.baselines`
-    students: tuple=(*(f'{a}:{l}' for l in ('teacher_mse', 'martingale', 'teacher_cross_entropy', 'outcome') for a in ('lstm', 'transformer')), 'mlp:variational') # architecture:loss
+    students: tuple=(*(f'{a}:{l}' for l in ('teacher_mse', 'martingale', 'teacher_cross_entropy', 'outcome') for a in ('lstm', 'transformer')), 'mlp:variational', 'residue:martingale') # architecture:loss
     student_options: dict=field(default_factory=dict) # for `Student`
     teacher_features: tuple=('Q', 'RMSD', 'Rg') # columns the teacher reads; a name that is missing is passed over, none at all means every column
     teacher_options: dict=field(default_factory=dict) # for `NonparametricCommittor`
@@ -396,6 +396,19 @@ def _features(run, inputs, client=None):
     replacing(run.path/'features.json', lambda p: p.write_text(described.features.to_json() + '\n'))
     return dict(lengths=lengths, said=f'{len(names)} features of {sum(lengths):,} frames in {len(lengths)} trajectories')
 
+# %% ../nbs/60_evaluation.ipynb #3a1ec6a8
+def _tokens(run, inputs):
+    "Residue tokens file by file; a file done before is not read again."
+    from foldbook import features as ft
+    from foldbook.transfer import ResidueTokens
+    c, rule = run.config, ResidueTokens(inputs.native, ft.model_contacts(inputs.topology))
+    for i, f in enumerate(inputs.files):
+        path = run.path/'tokens'/f'{i:03d}.npy'
+        if path.exists(): continue
+        x = ft.stream([f], inputs.topology, rule.featurizer, stride=c.stride, periodic=c.periodic, progress=False)[0][0]
+        save_array(path, rule(x[:c.max_frames or None]))
+    return dict(said=f'{rule.n_residues} residues')
+
 # %% ../nbs/60_evaluation.ipynb #d9511630
 def _states(run, inputs, lengths):
     "Flags, split, and whether there is anything to learn from and to judge on."
@@ -482,7 +495,7 @@ def _teacher(run, k=0):
              replayed: dict(name='teacher, replayed', kind='teacher', seconds=seconds, microseconds=us, seed=k)}
     return dict(candidates=notes, said=f'{len(fitted.steps)} iterations')
 
-# %% ../nbs/60_evaluation.ipynb #e19599fb
+# %% ../nbs/60_evaluation.ipynb #ecd8f2b5
 class _Reader:
     "What a student's process reads of a run directory: no lock, no stages."
     def __init__(self, path):
@@ -499,8 +512,10 @@ def train_student(path, # run directory
     "Train one student on the training part, with early stopping on the validation part; writes its model and r of every block."
     from foldbook.distill import Student
     start, run, slug = time.perf_counter(), _Reader(path), _slug(_job(spec, k))
-    s, features, states = run.split, run.load('features'), run.load('states')
+    s, states = run.split, run.load('states')
     architecture, loss = spec.split(':')
+    if architecture == 'residue': return _train_residues(run, slug, loss, k, start)
+    features = run.load('features')
     student = Student(architecture=architecture, loss=loss, devices=devices, **dict(dict(seed=run.config.seed + k), **run.config.student_options))
     student.fit(s.take(features, 'train'), s.take(states, 'train'), teacher=run.load(f'r/{_slug(_job("teacher", k))}'), validation=(s.take(features, 'validation'), s.take(states, 'validation')),
                 directory=run.path/'models'/slug/'checkpoints', progress=progress)
@@ -509,6 +524,20 @@ def train_student(path, # run directory
     run.save(f'r/{slug}', r)
     note = dict(name=f'{_NAMES.get(architecture, architecture)}, {loss.replace("_", " ")}', kind='student', parameters=int(student.n_parameters), seconds=float(student.seconds),
                 microseconds=us, history=_history(student), seed=k)
+    return dict(candidates={slug: note}, stage_seconds=round(time.perf_counter() - start, 2))
+
+# %% ../nbs/60_evaluation.ipynb #770a19e8
+def _train_residues(run, slug, loss, k, start):
+    "Train a student of residues as `train_student` does the others."
+    from foldbook.transfer import ResidueStudent
+    s, tokens, states = run.split, run.load('tokens'), run.load('states')
+    part = lambda p: (s.take(tokens, p), s.take(states, p))
+    student = ResidueStudent(loss=loss, seed=run.config.seed + k)
+    x, f = part('train')
+    student.fit([x], [f], validation=part('validation'), progress=False).save(run.path/'models'/slug)
+    r, us = _timed(student.transform, *part('all'))
+    run.save(f'r/{slug}', r)
+    note = dict(name=f'residue Transformer, {loss}', kind='student', parameters=int(student.n_parameters), seconds=float(student.seconds), microseconds=us, history=_history(student), seed=k)
     return dict(candidates={slug: note}, stage_seconds=round(time.perf_counter() - start, 2))
 
 # %% ../nbs/60_evaluation.ipynb #63232500
@@ -742,13 +771,15 @@ def free_energy(r, # interior and boundary frames, list of `(T,)` in [0, 1]
     with np.errstate(divide='ignore', invalid='ignore'): f, g = -np.log(h*enough), -np.log(density*enough)
     return centres, f - np.nanmin(f), natural, g - np.nanmin(g)
 
-# %% ../nbs/60_evaluation.ipynb #8efd31b4
+# %% ../nbs/60_evaluation.ipynb #e65340f9
 def figure_free_energy(r, # list of `(T,)`, exactly 0 on A and 1 on B
                        name: str # of the coordinate
                       ):
     "Free energy between the states along a committor, and along its natural coordinate."
-    columns, v = free_energy(r), np.concatenate(r)
+    enough = lambda c: np.isfinite(c[1] + c[3])[1:-1].sum() > 1
+    columns, v = next((c for c in (free_energy(r, least=n) for n in (30, 3)) if enough(c)), free_energy(r, least=0)), np.concatenate(r)
     x, f, natural, g = (c[1:-1][np.isfinite(columns[1] + columns[3])[1:-1]] for c in columns)
+    if not len(x): x, f, natural, g = (np.array([.5, .5]), *np.zeros((3, 2))) # no interior frame: an empty picture
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained', sharey=True)
     for ax, at, energy in ((axes[0], x, f), (axes[1], natural, g)):
         ax.plot(at, energy - energy.min(), lw=1.8)
@@ -863,25 +894,25 @@ def _draw_best(run, inputs, draw, notes, best, found, rows):
     if shot: draw('shooting', 'Coordinate against the fraction of shots that folded first, from the same frames by fresh simulations. The RMSE is corrected for the noise of the shots.',
                   figure_shooting(shot[:4]))
 
-# %% ../nbs/60_evaluation.ipynb #bd631fa8
+# %% ../nbs/60_evaluation.ipynb #b94de62c
 _CSS = '''body{font:16px/1.55 system-ui,sans-serif;color:#1d2433;background:#fff;max-width:1140px;margin:0 auto;padding:24px 28px 64px}
 h1{font-size:30px;margin:8px 0 2px}h2{font-size:21px;margin:40px 0 10px;border-bottom:1px solid #d8dde6;padding-bottom:4px}
 p{max-width:78ch}.sub{color:#5b6577;margin:0 0 20px}.verdict{border-left:8px solid;border-radius:4px;padding:14px 20px;font-size:18px;margin:18px 0}
 .verdict b{display:block;font-size:24px;letter-spacing:.02em}.pass{background:#e9f5ee;border-color:#1e7a46}.fail{background:#fdf0e6;border-color:#b4540a}
 table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}th{text-align:right;font-weight:600;color:#3c4658;border-bottom:2px solid #9aa4b5;padding:6px 5px;vertical-align:bottom}
-td{text-align:right;padding:5px 5px;border-bottom:1px solid #e6e9ef;white-space:nowrap}th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
+td{text-align:right;padding:5px 5px;border-bottom:1px solid #e6e9ef;white-space:pre}th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 td:first-child{white-space:normal}tr.chosen td{background:#eef3fb;font-weight:600}tr.insample td{color:#6d7789;font-style:italic}
 .tag{border-radius:3px;padding:1px 7px;font-size:12.5px;font-weight:600}.tag.pass{color:#14592f}.tag.fail{color:#8a3f05}
 figure{margin:20px 0 30px}figure img{max-width:100%;height:auto;display:block}figcaption{color:#4a5467;font-size:14.5px;max-width:85ch;margin-top:6px}
 .plain th{width:190px;border-bottom:1px solid #e6e9ef}.plain td,.plain th{text-align:left;white-space:normal;vertical-align:top}.plain td{font-family:ui-monospace,monospace;font-size:13px;word-break:break-all}small{color:#5b6577}'''
 
-# %% ../nbs/60_evaluation.ipynb #60c31756
+# %% ../nbs/60_evaluation.ipynb #ac1c87f1
 _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>foldbook: {{ name }}</title><style>{{ css }}</style></head><body>
 <h1>Which coordinate describes the folding of {{ name }}?</h1><p class="sub">foldbook {{ version }}, run {{ run }}</p>
 <div class="verdict {{ 'pass' if chosen.passed else 'fail' }}"><b>{{ 'PASS' if chosen.passed else 'FAIL' }}: {{ chosen.coordinate }}</b>{{ headline }}</div>
 <h2>What was done</h2>{% for p in words %}<p>{{ p }}</p>{% endfor %}
 <h2>Leaderboard</h2><table><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
-{% for r in rows %}<tr class="{{ 'chosen' if r.chosen }} {{ 'insample' if r.in_sample }}">{% for c in r.cells %}<td>{% if loop.index == 2 %}<span class="tag {{ 'pass' if r.passed else 'fail' }}">{{ c }}</span>{% else %}{{ c }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for r in rows %}<tr class="{{ 'chosen' if r.chosen }} {{ 'insample' if r.in_sample }}">{% for c in r.cells %}<td>{% if loop.index == 2 %}<span class="tag {{ 'pass' if r.passed else 'fail' }}">{{ c }}</span>{% else %}{{ c.replace(' (', '\\n(') if loop.index > 2 else c }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
 <p><small>{{ legend }}</small></p>
 {% for title, figures in sections %}<h2>{{ title }}</h2>{% for src, caption in figures %}<figure><img src="data:image/png;base64,{{ src }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endfor %}
 <h2>Configuration and provenance</h2>{% for title, table in tables %}<h3>{{ title }}</h3><table class="plain">{% for k, v in table %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>{% endfor %}
@@ -909,7 +940,7 @@ def cells(row # dict of the leaderboard
             number(budget, '.2f') + ('' if np.isfinite(r['budget']) or not np.isfinite(budget) else '†'), f'{int(r["parameters"]):,}' if r['parameters'] else '–',
             number(r['seconds'], '.1f'), number(r['microseconds_per_frame'], '.2f')]
 
-# %% ../nbs/60_evaluation.ipynb #7bea90ee
+# %% ../nbs/60_evaluation.ipynb #c47af91d
 def _words(run, inputs, board, notes):
     "What was done, in plain words."
     s, lengths, e = _load_split(run), run.note('features')['lengths'], run.note('states')['events']
@@ -922,6 +953,7 @@ def _words(run, inputs, board, notes):
     yield ('RMSD, Q, Rg and the first TICA coordinate were each mapped to a committor in two ways, by the one-dimensional diffusive model and by isotonic regression, both on the training part. The teacher is a '
            'nonparametric committor with histories (NPNE), a time series of the training part; replayed means that its updates, found there, were repeated on the other trajectories. The students are networks that read a causal '
            'window of features: they learn from the teacher, from the outcomes alone, or from the condition that a committor is a martingale.')
+    if any(spec.startswith('residue:') for spec in run.config.students): yield 'The residue Transformer reads tokens, one for each residue: native contacts, angles and dihedrals against the native structure, displacement, neighbours.'
     if run.config.baselines: yield (f'Rivals with the same features, training and validation trajectories: {", ".join(BASELINES[b][0] for b in run.config.baselines)}.')
     if run.config.seeds > 1: yield (f'Everything that is learned with random numbers was learned {run.config.seeds} times, with seeds {run.config.seed} to {run.config.seed + run.config.seeds - 1}, on the same split. '
                                     'The table shows medians; pictures of single coordinates show the first seed.')
@@ -950,7 +982,7 @@ def write_report(run, inputs, notes, captions):
         sections=[s for s in sections if s[1]], tables=tables)
     return replacing(run.path/'report.html', lambda p: p.write_text(html))
 
-# %% ../nbs/60_evaluation.ipynb #d6950a18
+# %% ../nbs/60_evaluation.ipynb #69bad542
 def run(config: Config, # what to run
         out='runs/default', # directory
         overwrite: bool=False, # remove what is there
@@ -972,6 +1004,7 @@ def run(config: Config, # what to run
         lengths = job.stage('features', lambda: _features(job, inputs, client))['lengths']
         job.stage('states', lambda: _states(job, inputs, lengths))
         notes = dict(job.stage('one-dimensional', lambda: _one_dimensional(job))['candidates'])
+        if any(spec.startswith('residue:') for spec in config.students): job.stage('tokens', lambda: _tokens(job, inputs))
         for k in range(config.seeds): notes |= job.stage(_slug(_job('teacher', k)), lambda: _teacher(job, k))['candidates']
         notes |= _students(job, devices, workers or _cores())
         job.stage('judgement', lambda: _judge_all(job, inputs, notes))

@@ -273,10 +273,11 @@ def test_another_protein(unbroken, protein):
 
 
 def test_own_trajectories_and_states_from_the_rmsd(protein):
-    line = 'run --traj hp/hairpin-0.xtc hp/hairpin-1.xtc --traj hp/hairpin-[23].xtc --top hp/native.pdb --quick --students mlp:outcome --baselines none --out runs/own'.split()
+    line = 'run --traj hp/hairpin-0.xtc hp/hairpin-1.xtc --traj hp/hairpin-[23].xtc --top hp/native.pdb --quick --students mlp:outcome,residue:martingale --baselines none --out runs/own'.split()
     done = foldbook(*line, '--folded', 'RMSD < 0.3', '--unfolded', 'RMSD > 0.45', cwd=protein)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(board(protein/'runs'/'own')['rows']) == 11
+    rows = [r['coordinate'] for r in board(protein/'runs'/'own')['rows']]
+    assert len(rows) == 12 and 'residue Transformer, martingale' in rows
 
 
 def test_bad_input_of_run(protein, unbroken, inside):
