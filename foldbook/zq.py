@@ -677,7 +677,7 @@ def _judge_boundary(result, r, states, reference, lengths):
     if abs(last - first) > 0.8:
         return Verdict('misaligned flags', False, f'{max(last, first):.0%} of the excursions {"end" if last > first else "begin"} with a frame that already has the value of the boundary: r runs {"ahead of" if last > first else "behind"} the flags', _ALIGN)
 
-# %% ../nbs/41_zq.ipynb #4f50b0c5
+# %% ../nbs/41_zq.ipynb #9b4993c1
 _HONEST = 'judge on frames that no fit has seen, and look for input from later frames or from outcomes'
 
 def _certain(r, states):
@@ -699,8 +699,8 @@ def _judge_leak(result, r, states, reference, lengths):
     if _certain(r, states):
         return Verdict('uses the future', False, 'between the states it is 0 or 1 on 99 % of the frames, and every time what it says comes true', _HONEST)
     resolved = result.n_ab and result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5 # else any profile is flat
-    if resolved and (result.t_sd < 0.18 or result.t_max < 0.5): # each once in a thousand samples of the true committor
-        return Verdict('uses the future', False, f'the profile is flatter than chance permits (T_sd {result.t_sd:.2f}, T_max {result.t_max:.2f}; the true committor stays above 0.18 and 0.5)', _HONEST)
+    if resolved and (result.t_sd < 0.2 or result.t_max < 0.6):
+        return Verdict('uses the future', False, f'the profile is flatter than chance permits (T_sd {result.t_sd:.2f}, T_max {result.t_max:.2f}; the true committor stays above 0.2 and 0.6)', _HONEST)
 
 # %% ../nbs/41_zq.ipynb #2188fc37
 def _isotonic(r, states, n_bins=1000):
@@ -759,18 +759,19 @@ def _beta(r, states):
     c, *w = minimize(loss, [0, 1, 1], jac=True, method='BFGS').x
     return clamp([expit(c + w @ logs(np.clip(x, 1e-6, 1 - 1e-6))) for x in r], states)
 
-# %% ../nbs/41_zq.ipynb #fc89a3c3
+# %% ../nbs/41_zq.ipynb #b471796c
 def _head(r, states, n_frames=1_000_000):
     "The first trajectories, up to that many frames: enough for a diagnosis."
     room = np.maximum(n_frames - np.cumsum([0] + [len(x) for x in r]), 0)
     return tuple([x[:n] for x, n in zip(v, room) if n] for v in (r, states))
 
-def _line(r, states):
-    "Slope and intercept of the least-squares line of outcomes against r."
+def _lines(r, states):
+    "Slope and intercept of two lines that stretch r to the range 0 to 1: through the outcomes by least squares, and through its extremes."
     value, outcome, _ = _interior(r, states)
-    if len(value) < 3 or value.std() < 1e-9: return 1., 0.
-    slope = np.cov(value, outcome)[0, 1] / value.var(ddof=1)
-    return float(max(slope, 1e-3)), float(outcome.mean() - slope * value.mean())
+    low, high = np.quantile(value, [0.001, 0.999])
+    if high - low < 1e-9: return []
+    slopes = np.cov(value, outcome)[0, 1] / value.var(ddof=1), 1 / (high - low)
+    return [(float(k), float(c)) for k, c in zip(slopes, (outcome.mean() - slopes[0] * value.mean(), -low * slopes[1])) if k > 1.03]
 
 def _judge_cures(result, r, states, reference, lengths):
     "Misaligned or miscalibrated, if a shift or a recalibration brings T_max down."
@@ -785,8 +786,9 @@ def _judge_cures(result, r, states, reference, lengths):
         if (s := trial([_shift(x, k) for x in r], lags[:3])) < min(2.5, t / 2):
             return Verdict('misaligned flags', False, f'{name} is {t:.2f}, and {s:.2f} if r is read one frame {"later" if k > 0 else "earlier"}', _ALIGN)
     if not len(_interior(r, states)[0]): return None # no outcome to calibrate on
-    slope, level = _line(r, states)
-    if slope > 1.03 and (s := trial([np.clip(slope * x + level, 0, 1) for x in r], lags)) < min(t / 3, max(2 * LIMIT, t / 8)):
+    stretched = [(trial([np.clip(k * x + c, 0, 1) for x in r], lags), k, c) for k, c in _lines(r, states)]
+    s, slope, level = min(stretched, default=(np.inf, 1, 0))
+    if s < min(t / 3, max(2 * LIMIT, t / 8)):
         return Verdict('wrong level', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} for {slope:.2f} r {level:+.2f}: between the states r runs from about {max(-level / slope, 0):.2f} to {min((1 - level) / slope, 1):.2f}, not from 0 to 1',
                        'stretch r so that it tends to 0 at A and to 1 at B, or fit an isotonic map on the training part')
     if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta, _chain)[:3 if name == 'T_ne' else 2])) < min(2 * LIMIT, 0.6 * t):
