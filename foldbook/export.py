@@ -9,7 +9,7 @@ __all__ = ['SMOOTH', 'PairTerms', 'pair_terms', 'responses', 'evaluate_features'
            'position_gradient', 'write_torchscript', 'plumed_input', 'write_onnx', 'openmm_force', 'python_force',
            'run_biased', 'unbiased_weights', 'weighted_free_energy', 'umbrella_free_energy']
 
-# %% ../nbs/48_export.ipynb #12aabf21
+# %% ../nbs/48_export.ipynb #b3e17a8f
 import contextlib, io, logging, math, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 
 from .committor import replacing
 from .features import Features, find_atoms
-from .simulation import BOLTZMANN, FRICTION, TIME_STEP, extended
+from .simulation import BOLTZMANN, FRICTION, TIME_STEP
 
 # %% ../nbs/48_export.ipynb #625f14d9
 SMOOTH = 'Q_soft + end_to_end + contacts + contact_distances' # for `features.named`: what an exported student may read
