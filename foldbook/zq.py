@@ -10,7 +10,7 @@ __all__ = ['LIMIT', 'excursions', 'log_edges', 'nominal_lengths', 'mean_transiti
            'Scores', 'scores', 'paired_log_loss', 'calibration', 'plot_calibration', 'error_budget', 'studentised',
            'regular', 'TauProfile', 'profile_tau', 'as_probability', 'judge', 'profile', 'explain']
 
-# %% ../nbs/41_zq.ipynb #d0209281
+# %% ../nbs/41_zq.ipynb #4f557693
 import math, warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .committor import as_ensemble, check_coordinate, clamp, count_transitions, outcomes
+from .committor import as_ensemble, check_coordinate, check_weights, clamp, count_transitions, log_loss, outcomes
 
 # %% ../nbs/41_zq.ipynb #d35ab250
 @njit(cache=True)
@@ -180,14 +180,10 @@ def _check_lags(lags, states):
         raise ValueError(f'lags are {lags.tolist()}; they must lie between 1 and {longest - 1}: the longest trajectory has {longest} frames')
     return lags
 
-# %% ../nbs/41_zq.ipynb #ed60c275
+# %% ../nbs/41_zq.ipynb #907c004f
 def _check_weights(weights, r):
     "One weight per frame, not negative, or nothing."
-    if weights is None: return None
-    weights = as_ensemble(weights, np.float64, 'weights')
-    if [len(w) for w in weights] != [len(x) for x in r]: raise ValueError('weights: give one number per frame, in the same trajectories as r')
-    if any((w < 0).any() for w in weights): raise ValueError('weights: a negative one was given')
-    return weights
+    return None if weights is None else check_weights(weights, [len(x) for x in r])
 
 # %% ../nbs/41_zq.ipynb #a71f6432
 def _departures(flags):
@@ -469,12 +465,6 @@ def _interior(r, states):
         parts.append((x[keep], y[keep], v[keep]))
     return tuple(map(np.concatenate, zip(*parts)))
 
-# %% ../nbs/41_zq.ipynb #677a071e
-def _log_loss(p, y):
-    "Per frame; a certain forecast that fails costs as much as one of 1e-6."
-    p = np.clip(p, 1e-6, 1 - 1e-6)
-    return -np.log(np.where(y > 0.5, p, 1 - p))
-
 # %% ../nbs/41_zq.ipynb #3d83cb65
 class Scores(NamedTuple):
     "How well a coordinate forecasts outcomes, on interior frames."
@@ -483,7 +473,7 @@ class Scores(NamedTuple):
     auc: float # chance that a frame that goes to B has the higher value; nan if all go the same way
     n: int # frames
 
-# %% ../nbs/41_zq.ipynb #abd9fe73
+# %% ../nbs/41_zq.ipynb #9154851d
 def scores(
     r, # coordinate, (T,) per trajectory
     states, # flags of the same frames
@@ -494,9 +484,9 @@ def scores(
     low, high = np.sort(p[y == 0]), p[y == 1]
     below = (np.searchsorted(low, high, 'left') + np.searchsorted(low, high, 'right')) / 2
     auc = below.mean() / len(low) if len(low) and len(high) else np.nan
-    return Scores(float(_log_loss(p, y).mean()), float(((np.clip(p, 0, 1) - y)**2).mean()), float(auc), len(p))
+    return Scores(float(log_loss(p, y).mean()), float(((np.clip(p, 0, 1) - y)**2).mean()), float(auc), len(p))
 
-# %% ../nbs/41_zq.ipynb #1cb6c568
+# %% ../nbs/41_zq.ipynb #9652e11b
 def paired_log_loss(
     r, # coordinate, (T,) per trajectory
     reference, # another one on the same frames
@@ -505,7 +495,7 @@ def paired_log_loss(
     "Log-loss of one coordinate minus that of another, frame by frame, with an error from excursions."
     r, states = check_coordinate(r, states, both=False)
     p, y, visit = _interior(r, states)
-    d = _log_loss(p, y) - _log_loss(_interior(check_coordinate(reference, states, both=False)[0], states)[0], y)
+    d = log_loss(p, y) - log_loss(_interior(check_coordinate(reference, states, both=False)[0], states)[0], y)
     per_visit = np.bincount(visit, d - d.mean())
     return float(d.mean()), float(np.sqrt((per_visit**2).sum()) / len(d))
 
