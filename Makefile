@@ -12,7 +12,7 @@ help:
 	@echo "make test   every chapter and every test"
 	@echo "make docs   render the book with Quarto -> _docs/"
 	@echo "make lab    open the chapters in JupyterLab"
-	@echo "make readme make run, then write its leaderboard and figure into README.md"
+	@echo "make readme five seeds on both proteins; the leaderboards in data/, and README.md with its figure, are written anew"
 
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "foldbook needs Python 3.11 or newer; this is $$($(PYTHON) --version). Say which with: make PYTHON=python3.12 ..."; exit 1; }
@@ -30,7 +30,10 @@ run: .venv/.ready
 	@$(BIN)/foldbook run --out runs/$(NAME) $(ARGS)
 
 readme: .venv/.ready
-	@$(BIN)/foldbook run --out runs/default --readme README.md
+	@echo "Five seeds on two proteins: about a quarter of an hour; it can be stopped and started again at any point"
+	@$(BIN)/foldbook run --data villin_go --seeds 5 --out runs/villin_go --readme README.md $(ARGS)
+	@$(BIN)/foldbook run --data bba_go --seeds 5 --out runs/bba_go $(ARGS)
+	@for name in villin_go bba_go; do cp runs/$$name/leaderboard.json data/leaderboard_$$name.json; done
 
 test: .venv/.ready
 	@echo "Running every chapter and every test"

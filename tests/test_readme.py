@@ -17,10 +17,15 @@ COMMANDS = [line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```
 
 def test_leaderboard_is_that_of_the_run():
     from foldbook.evaluate import markdown_table
-    board = json.loads((ROOT/'runs'/'default'/'leaderboard.json').read_text())
+    board = json.loads((ROOT/'data'/'leaderboard_villin_go.json').read_text())
     written = README.split('<!-- leaderboard:start -->')[1].split('<!-- leaderboard:end -->')[0]
     assert markdown_table(board['rows']) in written and board['headline'] in written
     assert len(board['rows']) >= 8
+
+
+def test_a_fresh_clone_can_run():
+    "A run refuses a directory that is not empty, so none may be committed."
+    assert not subprocess.run(['git', 'ls-files', 'runs'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def test_first_screen():
