@@ -32,7 +32,7 @@ run: .venv/.ready
 readme: .venv/.ready
 	@echo "Five seeds on two proteins: about a quarter of an hour; it can be stopped and started again at any point"
 	@$(BIN)/foldbook run --data villin_go --seeds 5 --out runs/villin_go --readme README.md $(ARGS)
-	@$(BIN)/foldbook run --data bba_go --seeds 5 --out runs/bba_go $(ARGS)
+	@$(BIN)/foldbook run --data bba_go --seeds 5 --students lstm:martingale,lstm:outcome,lstm:teacher_mse,transformer:martingale,mlp:variational,residue:martingale --out runs/bba_go $(ARGS)
 	@for name in villin_go bba_go; do cp runs/$$name/leaderboard.json data/leaderboard_$$name.json; done
 
 test: .venv/.ready

@@ -11,7 +11,7 @@ __all__ = ['SPREAD', 'COLUMNS', 'SHORT', 'LEGEND', 'Split', 'split', 'shooting_e
            'figure_calibration', 'free_energy', 'figure_free_energy', 'figure_series', 'figure_learning',
            'figure_shooting', 'cells', 'write_report', 'run', 'read_leaderboard', 'markdown_table', 'write_readme']
 
-# %% ../nbs/60_evaluation.ipynb #177bd67b
+# %% ../nbs/60_evaluation.ipynb #3626ec91
 import base64, hashlib, importlib.metadata, json, os, platform, re, shutil, time
 from dataclasses import dataclass, field, asdict, replace
 from itertools import zip_longest
@@ -21,7 +21,7 @@ import pandas as pd
 import matplotlib.pyplot as plt
 from .baselines import BASELINES, DiffusiveCommittor, IsotonicCommittor, TicaCoordinate, baseline, jsonable, write_json
 from .committor import clamp, count_transitions, replacing, states_from
-from .zq import default_lags, error_budget, plot_calibration, plot_zq, profile, scores
+from .zq import LIMIT, default_lags, error_budget, plot_calibration, plot_zq, profile, scores
 
 # %% ../nbs/60_evaluation.ipynb #f58a0f87
 @dataclass(frozen=True)
@@ -146,11 +146,13 @@ def leaderboard(rows # dicts from `judge`
     order = table.assign(failed=~table.passed.astype(bool)).sort_values(['in_sample', 'failed', 'log_loss'], kind='stable').index
     return table.loc[order].reset_index(drop=True)
 
-# %% ../nbs/60_evaluation.ipynb #8021fd17
-def choose(validation # rows of `judge` on the validation part
+# %% ../nbs/60_evaluation.ipynb #a946dec2
+def choose(validation, # rows of `judge` on the validation part
+           training: dict=None # T_max on the training part, by coordinate
           ) -> str: # name
-    "The held-out coordinate that passes on validation with the least log-loss; the least log-loss when none passes."
-    table = leaderboard(r for r in validation if not r['in_sample'])
+    "The held-out coordinate that passes on validation, and does not fail on its own training frames, with the least log-loss; the least log-loss when none passes."
+    sound = lambda r: r['passed'] and (training or {}).get(r['coordinate'], 0) <= LIMIT
+    table = leaderboard(r | dict(passed=sound(r)) for r in validation if not r['in_sample'])
     return str(table.coordinate[0])
 
 # %% ../nbs/60_evaluation.ipynb #63d4686d
@@ -670,7 +672,7 @@ def _ladder(run):
     if run.config.max_lag: return 2**np.arange(int(np.log2(run.config.max_lag)) + 1)
     return default_lags(_load_split(run).take(run.load('states'), 'test'))
 
-# %% ../nbs/60_evaluation.ipynb #98447244
+# %% ../nbs/60_evaluation.ipynb #c84ba281
 def _merged(rows) -> list:
     "One row a coordinate, from rows of several seeds."
     by_name = {}
@@ -681,7 +683,8 @@ def _judge_all(run, inputs, notes):
     "Choose on validation, judge on test, write leaderboard.csv and leaderboard.json."
     lags, c, s, states = _ladder(run), run.config, _load_split(run), run.load('states')
     validation = _merged(judge(v, lags, 0, c.seed)[0] for v in _candidates(run, inputs, notes, 'validation'))
-    chosen = choose(validation)
+    fitted = _merged(judge(v, lags, 0, c.seed)[0] for v in _candidates(run, inputs, notes, 'train'))
+    chosen = choose(validation, {v['coordinate']: v['t_max'] for v in fitted})
     before = {v['coordinate']: v for v in validation}
     train, distance = s.take(states, 'train'), {}
     for slug, n in notes.items():
@@ -1016,11 +1019,11 @@ def run(config: Config, # what to run
 # %% ../nbs/60_evaluation.ipynb #889d3b53
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-# %% ../nbs/60_evaluation.ipynb #73c6f819
-def read_leaderboard(path # run directory
+# %% ../nbs/60_evaluation.ipynb #f08ab5f2
+def read_leaderboard(path # run directory, or its leaderboard.json
                     ) -> pd.DataFrame:
     "The leaderboard of a finished run. Raises `FileNotFoundError` when it has none."
-    file = Path(path)/'leaderboard.json'
+    file = Path(path) if Path(path).suffix == '.json' else Path(path)/'leaderboard.json'
     if not file.exists(): raise FileNotFoundError(f'{file}: not there; finish the run first')
     table = pd.DataFrame(json.loads(file.read_text())['rows'])
     return table.astype({k: float for k in ('rmse', 'rmse_se', 'budget', 'budget_to_teacher', 'seconds', 't_max_se') if k in table})

@@ -93,6 +93,12 @@ def test_nothing_in_sample_is_chosen(rows):
     assert choose([r for r in rows if r['coordinate'] != 'q']) == 'x'
 
 
+def test_what_fails_on_its_own_training_frames_is_not_chosen(rows):
+    also = [dict(r, coordinate='small', log_loss=r['log_loss'] - 1) for r in rows if r['coordinate'] == 'q']
+    assert choose(rows + also) == 'small'
+    assert choose(rows + also, {'small': 6.5, 'q': 0.3}) == 'q' # far too flat is no failure on training frames
+
+
 def test_a_wrong_shift_of_flags_is_seen():
     system = lshape2d()
     path = system.sample(100_000, 1, seed=9)
