@@ -141,6 +141,11 @@ def test_shipped_files_match_their_record(name):
     assert d.how_made in sources and not {p.name for p in (ROOT/'data').iterdir() if p.is_dir()} - set(fd.names('shipped'))
 
 
+def test_every_stored_result_says_what_made_it():
+    sources = (ROOT/'data'/'SOURCES.md').read_text()
+    assert not [p.name for p in (ROOT/'data').glob('*.json') if f'`{p.name}`' not in sources]
+
+
 def test_data_stay_small():
     assert sum(p.stat().st_size for p in (ROOT/'data').rglob('*') if p.is_file()) < 18e6
 
