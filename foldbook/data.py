@@ -125,12 +125,15 @@ villin_go-7.npy.xz 27ee8967f8f237af986f5b8e1984bc07d2505be1f00ff83276d97a34ec9df
 def _shipped_files(text): # lines "name sha256 bytes"
     return tuple(File(n, 'sha256:' + h, int(s)) for n, h, s in map(str.split, text.strip().splitlines()))
 
-register(DataSet('villin_go', 'shipped', 'Villin headpiece HP35 (PDB 2F4K), cooperative C-alpha structure-based model near its folding temperature; 8 trajectories of 10,000 frames',
-    files=_shipped_files(_villin),
-    trajectory_pattern='villin_go-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0, temperature_kelvin=137.0,
-    units='nm, ps, K; reduced: bead mass 1 amu, so that only kT = 1.14 kJ/mol is physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
-    licence='Apache-2.0', citation='foldbook, chapter Simulation; structure: Kubelka et al., J. Mol. Biol. 359, 546 (2006)',
-    how_made='foldbook simulate --system villin_go --out villin_go --trajectories 8 --frames 10000 --steps-per-frame 1500 --seed 1'));
+def _register_shipped(name, protein, files, frames, steps, temperature_kelvin, structure):
+    "Eight trajectories of a cooperative C-alpha structure-based model, 0.004 ps a step."
+    register(DataSet(name, 'shipped', f'{protein}, cooperative C-alpha structure-based model near its folding temperature; 8 trajectories of {frames:,} frames',
+        files=_shipped_files(files), trajectory_pattern=f'{name}-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=steps/250, temperature_kelvin=temperature_kelvin,
+        units=f'nm, ps, K; reduced: bead mass 1 amu, so that only kT = {0.008314463*temperature_kelvin:.2f} kJ/mol is physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
+        licence='Apache-2.0', citation=f'foldbook, chapter Simulation; structure: {structure}',
+        how_made=f'foldbook simulate --system {name} --out {name} --trajectories 8 --frames {frames} --steps-per-frame {steps} --seed 1'))
+
+_register_shipped('villin_go', 'Villin headpiece HP35 (PDB 2F4K)', _villin, 10_000, 1500, 137.0, 'Kubelka et al., J. Mol. Biol. 359, 546 (2006)')
 
 # %% ../nbs/11_data.ipynb #63afbd81
 _bba = '''
@@ -147,12 +150,7 @@ bba_go-6.npy.xz 7f63b7beaa2435a5e6e65449c2adc7da09a0879c354c52d6ff5b9266f632c204
 bba_go-7.npy.xz 12af8b72feafd4b35349ecc757bfab815809c7598b86df7a99288307acd0d372 636740
 '''
 
-register(DataSet('bba_go', 'shipped', 'BBA FSD-EY (PDB 1FME), cooperative C-alpha structure-based model near its folding temperature; 8 trajectories of 6,000 frames',
-    files=_shipped_files(_bba),
-    trajectory_pattern='bba_go-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=2.0, temperature_kelvin=126.0,
-    units='nm, ps, K; reduced: bead mass 1 amu, so that only kT = 1.05 kJ/mol is physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
-    licence='Apache-2.0', citation='foldbook, chapter Simulation; structure: Sarisky and Mayo, J. Mol. Biol. 307, 1411 (2001)',
-    how_made='foldbook simulate --system bba_go --out bba_go --trajectories 8 --frames 6000 --steps-per-frame 500 --seed 1'));
+_register_shipped('bba_go', 'BBA FSD-EY (PDB 1FME)', _bba, 6000, 500, 126.0, 'Sarisky and Mayo, J. Mol. Biol. 307, 1411 (2001)')
 
 # %% ../nbs/11_data.ipynb #8fd38063
 _mdshare = 'http://ftp.imp.fu-berlin.de/pub/cmb-data/'

@@ -21,7 +21,7 @@ import pandas as pd
 import matplotlib.pyplot as plt
 from .baselines import BASELINES, DiffusiveCommittor, IsotonicCommittor, TicaCoordinate, baseline, jsonable, write_json
 from .committor import clamp, count_transitions, replacing, states_from
-from .zq import LIMIT, default_lags, error_budget, plot_calibration, plot_zq, profile, scores
+from .zq import LIMIT, cut_profiles, default_lags, error_budget, plot_calibration, plot_zq, profile, scores
 
 # %% ../nbs/60_evaluation.ipynb #f58a0f87
 @dataclass(frozen=True)
@@ -683,8 +683,9 @@ def _judge_all(run, inputs, notes):
     "Choose on validation, judge on test, write leaderboard.csv and leaderboard.json."
     lags, c, s, states = _ladder(run), run.config, _load_split(run), run.load('states')
     validation = _merged(judge(v, lags, 0, c.seed)[0] for v in _candidates(run, inputs, notes, 'validation'))
-    fitted = _merged(judge(v, lags, 0, c.seed)[0] for v in _candidates(run, inputs, notes, 'train'))
-    chosen = choose(validation, {v['coordinate']: v['t_max'] for v in fitted})
+    fitted = {}
+    for v in _candidates(run, inputs, notes, 'train'): fitted.setdefault(v.name, []).append(cut_profiles(v.r, v.states, lags).t_max)
+    chosen = choose(validation, {name: np.median(t) for name, t in fitted.items()})
     before = {v['coordinate']: v for v in validation}
     train, distance = s.take(states, 'train'), {}
     for slug, n in notes.items():

@@ -156,11 +156,14 @@ def position_gradient(
     atoms: np.ndarray, # (P, 2) indices
 ) -> tuple: # log-odds, gradient (N, 3) in 1/nm
     "Log-odds of the committor of one frame, and their derivative with respect to every position."
+    return _position_gradient(model.numpy(), model.terms, xyz, atoms)
+
+def _position_gradient(m, terms, xyz, atoms): # m: matrices of a `Deployed` model
     d, unit = to_positions(xyz, atoms)
-    z, g = slope(model.numpy(), d[None], model.terms)
-    force, out = g[0][:, None] * unit, np.zeros(np.shape(xyz))
-    np.add.at(out, atoms[:, 0], force)
-    np.add.at(out, atoms[:, 1], -force)
+    z, g = slope(m, d[None], terms)
+    pull, out = g[0][:, None] * unit, np.zeros(np.shape(xyz))
+    np.add.at(out, atoms[:, 0], pull)
+    np.add.at(out, atoms[:, 1], -pull)
     return z[0], out
 
 # %% ../nbs/48_export.ipynb #5ee571db
@@ -279,13 +282,9 @@ def python_force(
     m, terms, atoms = model.numpy(), model.terms, model.terms.atoms(topology)
     def compute(state):
         xyz, p = state.getPositions(asNumpy=True)._value, state.getParameters()
-        d, unit = to_positions(xyz, atoms)
-        z, g = slope(m, d[None], terms)
-        away, force = z[0] - p['centre'], np.zeros((len(xyz), 3))
-        pull = p['kappa'] * away * g[0][:, None] * unit
-        np.add.at(force, atoms[:, 0], -pull)
-        np.add.at(force, atoms[:, 1], pull)
-        return 0.5 * p['kappa'] * away**2, force
+        z, gradient = _position_gradient(m, terms, xyz, atoms)
+        away = z - p['centre']
+        return 0.5 * p['kappa'] * away**2, -p['kappa'] * away * gradient
     return mm.PythonForce(compute, dict(kappa=kappa, centre=centre))
 
 # %% ../nbs/48_export.ipynb #058f1024

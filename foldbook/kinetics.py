@@ -12,6 +12,7 @@ __all__ = ['units', 'Estimate', 'bootstrap', 'rates', 'Cuts', 'cuts', 'Curve', '
 from typing import NamedTuple
 
 import numpy as np
+from scipy.integrate import cumulative_trapezoid
 
 from .committor import as_ensemble, check_coordinate, check_states, check_weights
 from .zq import _departures, cut_profile
@@ -160,15 +161,11 @@ def diffusion(
     return _curve(c, lambda z, n: np.pi / c.window * (z[1] / (2 * z[0]))**2)
 
 # %% ../nbs/44_kinetics.ipynb #71827e3d
-def _integral(x, f):
-    "Trapezoidal integral from the first level."
-    return np.append(0, np.cumsum((f[1:] + f[:-1]) / 2 * np.diff(x)))
-
 def natural_coordinate(
     c: Cuts,
 ) -> Curve: # square root of time
     "Position along which the diffusion coefficient is 1, from 0 at the first level."
-    return _curve(c, lambda z, n: _integral(c.x, np.sqrt(2 * c.window * z[0] / z[2])))
+    return _curve(c, lambda z, n: cumulative_trapezoid(np.sqrt(2 * c.window * z[0] / z[2]), c.x, initial=0))
 
 # %% ../nbs/44_kinetics.ipynb #a40317a9
 def natural_free_energy(
@@ -182,7 +179,7 @@ def natural_free_energy(
 def _resistance(c, z, low, high):
     "Integral of 1 / Z_C1 from `low` up to each level, 0 below and constant above."
     inside = (c.x >= low) & (c.x <= high)
-    return _integral(c.x, np.where(inside, 1 / z[2], 0))
+    return cumulative_trapezoid(np.where(inside, 1 / z[2], 0), c.x, initial=0)
 
 # %% ../nbs/44_kinetics.ipynb #6041f90c
 def diffusive_committor(

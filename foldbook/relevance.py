@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .committor import as_ensemble, check_states, outcomes, previous_outcomes
+from .committor import as_ensemble, check_states, log_loss, outcomes, previous_outcomes
 from .distill import Windows, doublings
 from .features import ca_atoms, find_atoms
 from .zq import cut_profiles
@@ -148,10 +148,6 @@ def _committor(student, w, batch=8192):
     r = torch.stack([torch.cat([torch.sigmoid(n(part)) for part in w.split(batch)]) for n in student.networks]).mean(0).double().numpy()
     return r if student.bend is None else np.interp(r, *student.bend)
 
-def _loss(r, y):
-    "Log-loss per frame."
-    return -np.log(np.clip(np.where(y > .5, r, 1 - r), 1e-6, 1))
-
 def _t_max(r, index, states):
     "T_max of a coordinate given on the interior frames."
     s = np.concatenate(states)
@@ -181,7 +177,7 @@ def permutation_importance(
     for columns in groups.values():
         part = _read(student, X, list(columns))(torch.from_numpy(index))
         after = [_committor(student, base + part[torch.from_numpy(rng.permutation(len(index)))] - part) for _ in range(n_repeats)]
-        rise = np.stack([_loss(r[known], y) for r in after]) - _loss(before[known], y)
+        rise = np.stack([log_loss(r[known], y) for r in after]) - log_loss(before[known], y)
         tested = np.mean([_t_max(r, index, S) for r in after]) - _t_max(before, index, S) if t_max else np.nan
         rows.append((rise.mean(), _error(rise, block), tested))
     return pd.DataFrame(rows, pd.Index(groups, name='group'), ['log_loss', 'se', 't_max'])

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, orthogonal_mp_gram
 
-from .committor import as_ensemble, check_states, clamp, outcomes, replacing
+from .committor import as_ensemble, check_states, clamp, count_transitions, outcomes, replacing
 from .zq import cut_profiles, error_budget, profile, scores
 
 # %% ../nbs/45_students.ipynb #1b40bdd3
@@ -195,9 +195,8 @@ def error_anatomy(
     "Split the excess of the squared displacement into noise and smoothing; raises `ValueError` when no transition was counted."
     r, q = clamp(r, states), clamp(reference, states)
     budget = error_budget(r, q, states)
-    square = lambda x: cut_profiles(x, states, lags=[lag], n_bins=10)
-    n_ab = square(q).n_ab
-    total, true, own = (float(square(x).delta_r2[0]) / (2 * n_ab) for x in (r, q, [a - b for a, b in zip(r, q)]))
+    square = lambda x: float(cut_profiles(x, states, lags=[lag], n_bins=10).delta_r2[0]) / (2 * count_transitions(states)[0])
+    total, true, own = (square(x) for x in (r, q, [a - b for a, b in zip(r, q)]))
     return Anatomy(budget, 1 - lag * own / budget if budget else 0., own, total - true - own, total - true)
 
 # %% ../nbs/45_students.ipynb #0c226f26
@@ -209,7 +208,7 @@ def white_errors(
     seed: int = 0,
 ) -> list: # q plus Gaussian noise on interior frames, not clipped
     "A coordinate that is wrong by independent, or exponentially correlated, errors of a given size."
-    n_int, n_ab = sum(int((s < 0).sum()) for s in states), cut_profiles(q, states, lags=[1], n_bins=10).n_ab
+    n_int, n_ab = sum(int((s < 0).sum()) for s in states), count_transitions(states)[0]
     rng, out = np.random.default_rng(seed), []
     for x, s in zip(q, states):
         e = rng.normal(size=len(x)) * np.sqrt(np.where(np.arange(len(x)), 1 - correlation**2, 1))
