@@ -6,12 +6,13 @@ Docs: https://foldbook.github.io/foldbook/data.html.md"""
 
 # %% auto #0
 __all__ = ['File', 'DataSet', 'register', 'names', 'info', 'shipped_directory', 'table', 'checksum', 'check_file',
-           'pack_trajectory', 'unpack_trajectory', 'cache_directory', 'fetch', 'load_topology', 'atoms_in_file',
-           'DamagedFile', 'read_frames', 'stream_frames', 'plot_distributions']
+           'pack_trajectory', 'unpack_trajectory', 'pack_run', 'unpack_run', 'cache_directory', 'LicenceNotice',
+           'is_restricted', 'Resuming', 'fetch', 'load_topology', 'atoms_in_file', 'DamagedFile', 'read_frames',
+           'stream_frames', 'plot_distributions']
 
 # %% ../nbs/11_data.ipynb #8b76decd
-import gzip, hashlib, lzma, os, re, shutil, struct, tarfile, tempfile, warnings
-from contextlib import suppress
+import errno, gzip, hashlib, io, lzma, os, re, shutil, struct, tarfile, tempfile, warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import mdtraj as md
 import numpy as np
 import pandas as pd
 import pooch
+import requests
+import urllib3
 from tqdm.auto import tqdm
 
 # %% ../nbs/11_data.ipynb #43232f90
@@ -48,6 +51,7 @@ class DataSet:
     citation: str = ''
     how_made: str = ''                   # a command, a protocol or a paper
     megabytes: float|None = None         # as its authors state it, where exact sizes are not published
+    format: str = 'trajectories'         # how `foldbook.sources.load` reads the files
     directory: Path|None = None          # where the files are; set by `fetch`
 
 # %% ../nbs/11_data.ipynb #2e590f71
@@ -131,7 +135,7 @@ def _register_shipped(name, protein, files, frames, steps, temperature_kelvin, s
         files=_shipped_files(files), trajectory_pattern=f'{name}-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=steps/250, temperature_kelvin=temperature_kelvin,
         units=f'nm, ps, K; reduced: bead mass 1 amu, so that only kT = {0.008314463*temperature_kelvin:.2f} kJ/mol is physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
         licence='Apache-2.0', citation=f'foldbook, chapter Simulation; structure: {structure}',
-        how_made=f'foldbook simulate --system {name} --out {name} --trajectories 8 --frames {frames} --steps-per-frame {steps} --seed 1'))
+        how_made=f'foldbook simulate go --system {name} --out {name} --trajectories 8 --frames {frames} --steps-per-frame {steps} --seed 1'))
 
 _register_shipped('villin_go', 'Villin headpiece HP35 (PDB 2F4K)', _villin, 10_000, 1500, 137.0, 'Kubelka et al., J. Mol. Biol. 359, 546 (2006)')
 
@@ -163,7 +167,7 @@ _cc_by = 'CC-BY 4.0'
 # %% ../nbs/11_data.ipynb #37e22bf9
 register(DataSet('ala2_dihedrals', 'downloaded', 'Alanine dipeptide in water, 3 x 250 ns: backbone dihedrals every ps', _mdshare_files('''
 alanine-dipeptide-3x250ns-backbone-dihedrals.npz 3fa7c72ba512213a3860f9691602cdc7 6000544
-'''), frame_spacing_ps=1.0, temperature_kelvin=300.0, units='rad, ps, K', licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
+'''), frame_spacing_ps=1.0, temperature_kelvin=300.0, units='rad, ps, K', format='npz series', licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
 
 # %% ../nbs/11_data.ipynb #44a8d206
 register(DataSet('ala2', 'downloaded', 'Alanine dipeptide in water, 3 x 250 ns, 22 atoms every ps', _mdshare_files('''
@@ -174,13 +178,16 @@ alanine-dipeptide-2-250ns-nowater.xtc 6d3a8d9aecb3aa0e0a1ea9b195b7dfe0 42907500
 '''), '*.xtc', '*.pdb', 1.0, 300.0, licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
 
 # %% ../nbs/11_data.ipynb #cefd5b54
+_ala2_pdb = File('al2.pdb', url='http://ftp.mi.fu-berlin.de/pub/cmb-data/al2.pdb')
+
 register(DataSet('ala2_forces', 'downloaded', 'Alanine dipeptide in water, a million frames with forces', _mdshare_files('''
 alanine-dipeptide-1Mx1ps-with-force.npz c35a55fb5e5cec0d49e4275d62493ab9 463525559
-'''), frame_spacing_ps=1.0, temperature_kelvin=300.0, licence=_cc_by, citation='mdshare', how_made='explicit water'))
+''') + (_ala2_pdb,), '', 'al2.pdb', 1.0, 300.0, units='angstrom, kcal/mol/angstrom', format='npz forces', megabytes=464,
+    licence=_cc_by, citation='Wang et al., ACS Cent. Sci. 5, 755 (2019)', how_made='AMBER ff99SB-ILDN, explicit water'))
 
 register(DataSet('doublewell_hmm', 'downloaded', 'A two-dimensional double well with hidden states, 100,000 frames', _mdshare_files('''
 hmm-doublewell-2d-100k.npz aaf37fb708a0f8f82f70d3aa06da205f 2000638
-'''), units='none', licence=_cc_by, citation='mdshare', how_made='a hidden Markov model'));
+'''), units='none', format='npz series', licence=_cc_by, citation='mdshare', how_made='a hidden Markov model'));
 
 # %% ../nbs/11_data.ipynb #773f2c54
 _penta = '''16967d0bb09d24dc66de4d4885f953a4 2221296 9db9b87ecafb2d5eb0085adc01b97680 2221268 5ec89b72fa1e48c3a5e1b1ec707f66fb 2221392
@@ -219,43 +226,88 @@ for _name, _article, _what in (('fs_peptide', '1030363/versions/1', 'Fs peptide,
 
 # %% ../nbs/11_data.ipynb #35092127
 _htmd = 'http://pub.htmd.org/'
-_majewski = dict(licence=_cc_by, citation='Majewski et al., Nat. Commun. 14, 5739 (2023)', how_made='explicit water, adaptive sampling, ACEMD')
+_thermo = _htmd + 'protein_thermodynamics_data/'
+_majewski = dict(temperature_kelvin=350.0, licence=_cc_by, citation='Majewski et al., Nat. Commun. 14, 5739 (2023)', how_made='CHARMM22*, explicit water, adaptive sampling, ACEMD')
 
 register(DataSet('torchmd_chignolin', 'downloaded', 'Chignolin CLN025, C-alpha positions and forces: the smallest set for force matching',
-    (File('torchMD_tutorial_data.tar.gz', None, None, _htmd + 'torchMD_tutorial_data.tar.gz'),), temperature_kelvin=350.0, units='angstrom, kcal/mol/angstrom', megabytes=32, **_majewski))
+    (File('torchMD_tutorial_data.tar.gz', None, None, _htmd + 'torchMD_tutorial_data.tar.gz'),), units='angstrom, kcal/mol/angstrom', format='C-alpha arrays', megabytes=32, **_majewski))
 
-for _p, _gb in dict(chignolin=1.4, trpcage=2.3, bba=7.2, villin=5.5, wwdomain=31, ntl9=38, proteinb=25, **{'lambda': 39}).items():
-    _f = [f'{_p}_trajectories.tar.gz'] if _p != 'wwdomain' else ['wwdomain_1_trajectories.tar.gz', 'wwdomain_2_trajectories.tar.gz']
-    register(DataSet(f'majewski_{_p}', 'downloaded', f'{_p}: reference trajectories',
-        tuple(File(f, None, None, f'{_htmd}protein_thermodynamics_data/reference_trajectories/{f}') for f in _f), '*.xtc', '*.p[ds][bf]', megabytes=1000*_gb, **_majewski))
-    _f = [f'{_p}_ca_{k}.npy' for k in ('coords', 'forces', 'deltaforces', 'embeddings')]
-    register(DataSet(f'majewski_{_p}_ca', 'downloaded', f'{_p}: C-alpha training positions, forces, forces less the prior, bead types',
-        tuple(File(f, None, None, f'{_htmd}protein_thermodynamics_data/training_data/{f}') for f in _f), units='angstrom, kcal/mol/angstrom', **_majewski))
+_references = '''
+chignolin 1.4 chignolin
+trpcage 2.3 trpcage
+bba 7.2 bba
+villin 5.5 villin
+wwdomain 31 wwdomain_1 wwdomain_2
+ntl9 38 ntl9
+bbl 33 bbl_1
+proteinb 25 proteinb
+proteing 40.7 proteing_1 proteing_2
+proteing_part3 805 proteing_3
+a3d 16 a3D
+lambda 39 lambda
+'''
+_remarks = dict(bbl=' (first of two parts: the authors link the second to another protein)', proteing=' (parts 1 and 2)', proteing_part3=' (part 3 of 3)', a3d=' (the one part that the authors link, of two)')
+
+# %% ../nbs/11_data.ipynb #a11c0001
+def _files(folder, names): return tuple(File(n, url=f'{_thermo}{folder}{n}') for n in names)
+
+def _register_references(text): # lines "protein GB archives..."
+    for name, gb, *parts in map(str.split, text.strip().splitlines()):
+        register(DataSet(f'majewski_{name}', 'downloaded', f'{name}: reference trajectories{_remarks.get(name, "")}',
+            _files('reference_trajectories/', [f'{p}_trajectories.tar.gz' for p in parts]), '*.xtc', '*.pdb', megabytes=1000*float(gb), **_majewski))
+
+_register_references(_references)
+register(DataSet('majewski_homeodomain', 'on request', 'homeodomain: reference trajectories, 8.9 GB', trajectory_pattern='*.xtc', topology_pattern='*.pdb', megabytes=8900,
+    **_majewski | dict(how_made='ask the authors, whose table gives an archive of the WW domain as its address')))
+
+# %% ../nbs/11_data.ipynb #a11c0002
+_proteins = 'chignolin trpcage bba villin wwdomain ntl9 bbl proteinb homeodomain proteing a3d lambda'.split()
+
+def _register_coarse(p):
+    arrays = [f'{p}_ca_{k}.npy' for k in ('coords', 'forces', 'deltaforces', 'embeddings')]
+    register(DataSet(f'majewski_{p}_ca', 'downloaded', f'{p}: C-alpha training positions, forces, forces less the prior, bead types',
+        _files('training_data/', arrays), units='angstrom, kcal/mol/angstrom', format='C-alpha arrays', **_majewski))
+    models = [f'{p}_cgtraj_protspecific.tar.gz', f'{p}_cgtraj_multiprotein.tar.gz', f'{p}_ca.pdb']
+    register(DataSet(f'majewski_{p}_cg', 'downloaded', f'{p}: C-alpha trajectories of two trained potentials, of this protein alone and of all twelve',
+        _files('cg_trajectories/', models), '*.xtc', f'{p}_ca.pdb', **_majewski | dict(how_made='Langevin dynamics of the trained potential')))
+
+for _p in _proteins: _register_coarse(_p)
+register(DataSet('majewski_structures', 'downloaded', 'Experimental structures of the twelve proteins', _files('', ['experimental_structures.tar.gz']), '', '*.pdb', format='structures',
+    licence=_cc_by, citation=_majewski['citation'], how_made='experiment'));
+
+# %% ../nbs/11_data.ipynb #a11c0004
+_fu = 'http://ftp.mi.fu-berlin.de/pub/cmb-data/chignolin_trajectories/'
+register(DataSet('chignolin_forces', 'downloaded', 'Chignolin CLN025, thousands of short trajectories, protein atoms with forces',
+    tuple(File(n, url=_fu + n) for n in ('chignolin_generators.tar.gz', 'chignolin_coords_nowater.tar.gz', 'chignolin_forces_nowater.tar.gz')), '', 'structure.pdb',
+    temperature_kelvin=350.0, units='angstrom, kcal/mol/angstrom', format='all-atom arrays', licence='none stated; ask before passing it on',
+    citation='Wang et al., ACS Cent. Sci. 5, 755 (2019)', how_made='CHARMM22*, explicit water, adaptive sampling, ACEMD'));
 
 # %% ../nbs/11_data.ipynb #03cdb00a
 register(DataSet('pdb', 'downloaded', 'A structure of the Protein Data Bank: pdb:2F4K', (File('{id}.pdb', url='https://files.rcsb.org/download/{id}.pdb'),), '', '*.pdb',
-    licence='CC0 1.0', citation='Berman et al., Nucleic Acids Res. 28, 235 (2000)', how_made='experiment'))
+    format='structures', licence='CC0 1.0', citation='Berman et al., Nucleic Acids Res. 28, 235 (2000)', how_made='experiment'))
 
 # %% ../nbs/11_data.ipynb #8d9bec57
 register(DataSet('mdcath', 'downloaded', 'One CATH domain at five temperatures, with forces, HDF5: mdcath:12asA00',
     (File('mdcath_dataset_{id}.h5', url='https://huggingface.co/datasets/compsciencelab/mdCATH/resolve/main/data/mdcath_dataset_{id}.h5'),),
-    frame_spacing_ps=1000.0, licence=_cc_by, citation='Mirarchi et al., Sci. Data 11, 1299 (2024)', how_made='CHARMM22*, explicit water, 320 to 450 K, 5 replicas'))
+    '', '', 1000.0, units='angstrom, kcal/mol/angstrom', format='mdCATH', licence=_cc_by, citation='Mirarchi et al., Sci. Data 11, 1299 (2024)', how_made='CHARMM22*, explicit water, 320 to 450 K, 5 replicas'))
 
 register(DataSet('atlas', 'downloaded', 'One protein of ATLAS, 3 x 100 ns, protein atoms: atlas:16pk_A',
-    (File('{id}_protein.zip', url='https://www.dsimb.inserm.fr/ATLAS/database/ATLAS/{id}/{id}_protein.zip'),), '*.xtc', '*.pdb', 10.0, 300.0,
+    (File('{id}_protein.zip', url='https://www.dsimb.inserm.fr/ATLAS/api/ATLAS/protein/{id}'),), '*.xtc', '*.pdb', 10.0, 300.0,
     licence='CC-BY-NC 4.0', citation='Vander Meersche et al., Nucleic Acids Res. 52, D384 (2024)', how_made='CHARMM36m, explicit water'))
 
 # %% ../nbs/11_data.ipynb #c6301bde
 _lfs = 'https://media.githubusercontent.com/media/moldyn/HP35-DESRES/main/'
 register(DataSet('hp35_desres', 'downloaded', 'Villin HP35 in explicit water, 300 us: shifted backbone dihedrals and contact distances',
     (File('hp35.dihs.shifted.bz2', 'sha256:97c8b0a228c8452242bf51cdd53d752fa1b5e968816bb34b9dde846fede1c543', 272206340, _lfs + 'hp35.dihs.shifted.bz2'),
-     File('hp35.mindists2.bz2', 'sha256:222f42ddeb83ec5f09087ac8554b1d291c23dd1c35dfae8ea03dcef6a3b42491', 144925842, _lfs + 'hp35.mindists2.bz2')),
-    frame_spacing_ps=200.0, temperature_kelvin=360.0, units='rad, nm', licence='D. E. Shaw Research agreement: non-commercial research, no redistribution',
+     File('hp35.mindists2.bz2', 'sha256:222f42ddeb83ec5f09087ac8554b1d291c23dd1c35dfae8ea03dcef6a3b42491', 144925842, _lfs + 'hp35.mindists2.bz2'),
+     File('hp35.mindists2.ndx', url='https://raw.githubusercontent.com/moldyn/HP35-DESRES/main/hp35.mindists2.ndx')),
+    frame_spacing_ps=200.0, temperature_kelvin=360.0, units='rad, nm', format='HP35 text', megabytes=417, licence='D. E. Shaw Research agreement: non-commercial research, no redistribution',
     citation='Piana et al., PNAS 109, 17845 (2012); Nagel et al., J. Chem. Theory Comput. 19, 3391 (2023)', how_made='Amber ff99SB*-ILDN, Anton'))
 
 register(DataSet('villin_rmsd', 'downloaded', 'Villin 2F4K: C-alpha RMSD series of a 125 us trajectory, the reference of the nonparametric committor',
-    (File('2f4k.CArmsd', url='https://raw.githubusercontent.com/krivovsv/optimalrcs/main/tests/data/2f4k.CArmsd'),), units='angstrom',
-    frame_spacing_ps=200.0, temperature_kelvin=360.0, licence='MIT (series); D. E. Shaw Research agreement (trajectory)', citation='Krivov, J. Chem. Theory Comput. 14, 3418 (2018)', how_made='Anton'))
+    (File('2f4k.CArmsd', url='https://raw.githubusercontent.com/krivovsv/optimalrcs/main/tests/data/2f4k.CArmsd'),), units='angstrom', format='RMSD text', frame_spacing_ps=200.0, temperature_kelvin=360.0,
+    states=dict(unfolded='RMSD > 1.05', folded='RMSD < 0.1'), licence='MIT (series); D. E. Shaw Research agreement (trajectory): non-commercial research',
+    citation='Krivov, J. Chem. Theory Comput. 14, 3418 (2018)', how_made='Anton; the address is not checked'))
 
 # %% ../nbs/11_data.ipynb #7f2387a4
 register(DataSet('desres', 'on request', 'Twelve fast folders, all atoms, 100 us to 3 ms each', trajectory_pattern='*.dcd', topology_pattern='*.pdb', frame_spacing_ps=200.0,
@@ -263,7 +315,7 @@ register(DataSet('desres', 'on request', 'Twelve fast folders, all atoms, 100 us
 
 # %% ../nbs/11_data.ipynb #50a16b21
 register(DataSet('trpcage_go', 'generated', 'Trp-cage (PDB 1L2Y) as the same kind of structure-based model', trajectory_pattern='*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0,
-    temperature_kelvin=95.0, states=dict(unfolded='Q < 0.25', folded='Q > 0.8'), licence='yours', how_made='foldbook simulate --pdb 1L2Y --temperature 95 --cooperativity 2 --out'));
+    temperature_kelvin=95.0, states=dict(unfolded='Q < 0.25', folded='Q > 0.8'), licence='yours', how_made='foldbook simulate go --pdb 1L2Y --temperature 95 --cooperativity 2 --out'));
 
 # %% ../nbs/11_data.ipynb #409f0f53
 def table(kind: str|None = None # one of the four kinds; default all
@@ -318,12 +370,67 @@ def unpack_trajectory(packed: str|Path, # made by `pack_trajectory`
     os.replace(tmp, out)
     return out
 
+# %% ../nbs/11_data.ipynb #pk000002
+def pack_run(trajectory: str|Path, # .h5, with its arrays beside it in an .npz
+             out: str|Path,        # ends in .npz.xz
+             steps: dict           # to what each array is rounded: 'xyz' in nm, the others in their unit
+             ) -> Path:
+    "Write a run small. Raises KeyError for an array without a step, ValueError for numbers that are not finite or too large for it."
+    t, out, packed = md.load(str(trajectory)), Path(out), {}
+    beside = Path(trajectory).with_suffix('.npz')
+    arrays = dict(xyz=t.xyz) | (dict(np.load(beside)) if beside.exists() else {})
+    for k, x in arrays.items():
+        if not (np.isfinite(x).all() and np.abs(x).max()/steps[k] < 2**30): raise ValueError(f'{trajectory}: {k} does not fit a step of {steps[k]}, or is not finite')
+        packed |= {k: (whole := _whole(np.asarray(x, float)/steps[k]))[0], f'{k}.shape': x.shape, f'{k}.step': steps[k], f'{k}.differences': whole[1]}
+    tmp = out.with_name(f'{out.name}.{os.getpid()}.tmp')
+    with lzma.open(tmp, 'wb', preset=9 | lzma.PRESET_EXTREME) as f: np.savez(f, **packed, spacing=t.time[1] - t.time[0] if len(t) > 1 else 0)
+    os.replace(tmp, out)
+    return out
+
+# %% ../nbs/11_data.ipynb #pk000003
+def _whole(x): # whole numbers or their differences in time, whichever is smaller, as planes of bytes
+    q = np.round(x).astype('<i4').reshape(len(x), -1)
+    d = np.diff(q, axis=0, prepend=np.zeros_like(q[:1]))
+    smaller = len(q) > 1 and np.abs(d[1:]).mean() < np.abs(q - q.mean(axis=0)).mean()
+    q = d if smaller else q
+    if np.abs(q).max() < 2**15: q = q.astype('<i2')
+    series = np.ascontiguousarray(q.T)
+    return np.ascontiguousarray(np.moveaxis(series.view(np.uint8).reshape(*series.shape, -1), -1, 0)), smaller
+
+def _floats(z, name):
+    planes = z[name]
+    q = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(f'<i{len(planes)}')[..., 0].T.astype(np.int64)
+    if z[f'{name}.differences']: q = np.cumsum(q, axis=0)
+    x = (q*float(z[f'{name}.step'])).reshape(z[f'{name}.shape'])
+    return x.astype(np.float32) if x.ndim == 3 else x
+
+# %% ../nbs/11_data.ipynb #pk000004
+def unpack_run(packed: str|Path,     # made by `pack_run`
+               out: str|Path,        # .h5; the arrays beside it get the name with .npz
+               topology: str|Path    # names the atoms
+               ) -> Path:
+    "Write trajectory and arrays again; each appears whole or not at all."
+    out = Path(out)
+    with lzma.open(packed) as f, np.load(io.BytesIO(f.read())) as z:
+        arrays = {k: _floats(z, k) for k in z.files if f'{k}.step' in z.files}
+        xyz, spacing = arrays.pop('xyz'), float(z['spacing'])
+    tmp = out.with_name(f'.{os.getpid()}-{out.name}')
+    if arrays:
+        with open(tmp, 'wb') as f: np.savez(f, **arrays)
+        os.replace(tmp, out.with_suffix('.npz'))
+    md.Trajectory(xyz, load_topology(topology), time=np.arange(len(xyz))*spacing).save_hdf5(str(tmp))
+    os.replace(tmp, out)
+    return out
+
 # %% ../nbs/11_data.ipynb #14ffd7bf
 def cache_directory() -> Path:
     "Where fetched and unpacked files live."
     return Path(os.environ.get('FOLDBOOK_CACHE') or pooch.os_cache('foldbook'))
 
 # %% ../nbs/11_data.ipynb #900da052
+_UNPACK = {'.npy.xz': ('.xtc', lambda d, p, out: unpack_trajectory(p, out, d.frame_spacing_ps)),
+           '.npz.xz': ('.h5', lambda d, p, out: unpack_run(p, out, p.parent/d.topology_pattern))}
+
 def _fetch_shipped(d, cache, progress):
     source = shipped_directory()/d.name
     paths = [check_file(source/f.name, f) for f in d.files]
@@ -331,10 +438,10 @@ def _fetch_shipped(d, cache, progress):
     target = cache/f'{d.name}-{version}'
     target.mkdir(parents=True, exist_ok=True)
     for p in tqdm(paths, desc=f'unpacking {d.name}', disable=not progress or len(list(target.iterdir())) >= len(paths)):
-        packed = p.name.endswith('.npy.xz')
-        out = target/(p.name.removesuffix('.npy.xz') + '.xtc' if packed else p.name)
+        suffix = next((s for s in _UNPACK if p.name.endswith(s)), '')
+        out = target/(p.name.removesuffix(suffix) + _UNPACK[suffix][0] if suffix else p.name)
         if out.exists(): continue
-        if packed: unpack_trajectory(p, out, d.frame_spacing_ps)
+        if suffix: _UNPACK[suffix][1](d, p, out)
         else: _copy(p, out)
     return target
 
@@ -344,15 +451,128 @@ def _copy(source, out):
     shutil.copyfile(source, tmp)
     os.replace(tmp, out)
 
+# %% ../nbs/11_data.ipynb #a11c0005
+class LicenceNotice(UserWarning):
+    "The licence of a data set forbids commercial use or redistribution."
+
+def is_restricted(d: DataSet) -> bool:
+    "Whether the licence forbids commercial use or passing the files on."
+    return re.search(r'non-commercial|-NC\b|no redistribution', d.licence) is not None
+
+def _notice(d):
+    if is_restricted(d): warnings.warn(f'data set {d.name!r}: {d.licence}; read the licence before you use these files or anything made of them', LicenceNotice, stacklevel=3)
+
+# %% ../nbs/11_data.ipynb #a11c0008
+class Resuming:
+    "A downloader for pooch that writes to `partial` and goes on there when it is called again."
+    def __init__(self,
+                 partial: str|Path,    # the unfinished file; kept when the connection breaks
+                 progress: bool = True # show a progress bar
+                 ):
+        self.partial, self.tag, self.progress = Path(partial), Path(f'{partial}.tag'), progress
+
+    def __call__(self, url: str, output_file: str, pooch=None): # pooch's protocol
+        with requests.get(url, headers=_ask(self.partial, self.tag), stream=True, timeout=60) as answer:
+            if answer.status_code == 416 and self.partial.exists(): return self._again(url, output_file) # nothing after these bytes: begin anew
+            answer.raise_for_status()
+            start, total = _promised(answer)
+            self.tag.write_text(_validator(answer))
+            try: _append(self.partial, answer, start, total, self.progress)
+            except urllib3.exceptions.HTTPError as e: raise OSError(f'the connection broke: {e}') from e
+        if total not in (None, size := self.partial.stat().st_size): raise OSError(f'{size} of {total} bytes arrived')
+        os.replace(self.partial, output_file)
+        self.tag.unlink()
+
+    def _again(self, url, output_file):
+        self.forget()
+        return self(url, output_file)
+
+    def forget(self):
+        "Remove the unfinished file."
+        for p in (self.partial, self.tag): p.unlink(missing_ok=True)
+
+# %% ../nbs/11_data.ipynb #a11c0010
+def _ask(partial, tag): # headers of the request
+    have, known = (p.stat().st_size if p.exists() else 0 for p in (partial, tag))
+    rest = {'Range': f'bytes={have}-', 'If-Range': tag.read_text()} if have and known else {}
+    return {'Accept-Encoding': 'identity'} | rest
+
+def _validator(answer): # what tells this version of the file from another, '' if nothing does
+    etag = answer.headers.get('ETag', '')
+    return etag if etag and not etag.startswith('W/') else answer.headers.get('Last-Modified', '')
+
+def _promised(answer): # first byte of the answer, size of the whole file or None
+    if answer.status_code != 206:
+        size = answer.headers.get('Content-Length')
+        return 0, None if size is None else int(size)
+    m = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+|\*)', answer.headers.get('Content-Range', ''))
+    if not m: raise OSError(f'the server sends a part of the file and does not say which: {answer.headers.get("Content-Range")}')
+    return int(m[1]), int(m[2]) + 1 if m[3] == '*' else int(m[3])
+
+# %% ../nbs/11_data.ipynb #a11c0011
+def _append(partial, answer, start, total, progress):
+    with partial.open('ab') as f, tqdm(initial=start, total=total, unit='B', unit_scale=True, desc=partial.stem, disable=not progress) as bar:
+        if start > f.tell(): raise OSError(f'the server sends from byte {start} on, but only {f.tell()} are here')
+        f.truncate(start)
+        while block := answer.raw.read1(1 << 20, decode_content=False):
+            f.write(block)
+            f.flush() # a process killed now loses nothing
+            bar.update(len(block))
+
+# %% ../nbs/11_data.ipynb #a11c0013
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)}
+
+@contextmanager
+def _room(name, directory): # a full disk in one sentence
+    try: yield
+    except OSError as e:
+        if e.errno not in _FULL: raise
+        raise OSError(e.errno, f'data set {name!r}: no space left in {directory} ({os.strerror(e.errno)}); free some there, or set FOLDBOOK_CACHE to a directory on a larger disk, and call this again') from e
+
+def _why(e): # an error of the network in a few words
+    if getattr(e, 'response', None) is not None: return f'{e.response.status_code} {e.response.reason}'
+    return str(e) if type(e) is OSError else type(e).__name__
+
+def _kept(get): # what stays of a broken download, in words; without a tag the rest could not be asked for
+    if get.tag.exists() and get.tag.read_text(): return f' {get.partial.stat().st_size:,} bytes are kept: calling this again goes on.'
+    get.forget()
+    return ''
+
+@contextmanager
+def _turn(directory): # one process at a time; without locks on Windows
+    try: import fcntl
+    except ImportError: return (yield)
+    handle = os.open(directory, os.O_RDONLY)
+    with suppress(OSError): fcntl.flock(handle, fcntl.LOCK_EX) # some network disks have no locks
+    try: yield
+    finally: os.close(handle)
+
 # %% ../nbs/11_data.ipynb #06197e3a
+pooch.get_logger().setLevel('WARNING') # the progress bar says the same
+
 def _download(d: DataSet, f: File, target: Path, progress: bool) -> Path:
     "Download one file unless it is there and whole."
-    by_hand = f'Fetch {f.url} by other means, put it at {target/f.name} and call this again'
-    try: return Path(pooch.retrieve(f.url, f.checksum, f.name, target, progressbar=progress))
+    by_hand, get = f'fetch {f.url} by other means, put it at {target/f.name} and call this again', Resuming(target/f'{f.name}.download', progress)
+    try:
+        with _turn(target): return Path(pooch.retrieve(f.url, f.checksum, f.name, target, downloader=get))
     except OSError as e:
-        raise ConnectionError(f'data set {d.name!r}: cannot download {f.url} ({type(e).__name__}). {by_hand}.') from e
+        if e.errno in _FULL: raise
+        raise ConnectionError(f'data set {d.name!r}: cannot download {f.url} ({_why(e)}).{_kept(get)} Without a network here, {by_hand}.') from e
     except ValueError as e:
-        raise ValueError(f'data set {d.name!r}: what {f.url} sends has not the checksum {f.checksum}; it changed or was cut short. {by_hand}.') from e
+        raise ValueError(f'data set {d.name!r}: what {f.url} sends has not the checksum {f.checksum}; it changed or was damaged on the way, and nothing of it is kept. Call this again, or {by_hand}.') from e
+
+# %% ../nbs/11_data.ipynb #a11c0015
+def _compare(path: Path):
+    "Raise ValueError if a file is not what it was when it was fetched."
+    record = path.with_name(path.name + '.sha256')
+    if path.exists() and record.exists() and checksum(path) != f'sha256:{record.read_text().split()[0]}':
+        raise ValueError(f'{path} was changed or damaged since it was fetched: its checksum is not the one in {record.name}; delete both and fetch again')
+
+def _remember(path: Path):
+    "Write down the checksum of a file that has none published."
+    record, new = path.with_name(path.name + '.sha256'), checksum(path).split(':')[1]
+    if record.exists() and record.read_text().split()[0] != new: warnings.warn(f'{path} is another version than the one that was fetched before', stacklevel=2)
+    record.write_text(f'{new}  {path.name}\n')
 
 # %% ../nbs/11_data.ipynb #892dde56
 _archives = ('.zip', '.tar.gz', '.tgz', '.tar')
@@ -372,11 +592,16 @@ def _unpack_archive(path):
 def _fetch_downloaded(d, cache, progress):
     if any('{id}' in f.name for f in d.files): raise ValueError(f'{d.name!r} holds many systems; name one as {d.name}:ID ({d.description})')
     target = cache/d.name
-    target.mkdir(parents=True, exist_ok=True)
-    for f in d.files:
-        path = _download(d, f, target, progress)
-        if f.name.endswith(_archives): _unpack_archive(path)
+    with _room(d.name, target):
+        target.mkdir(parents=True, exist_ok=True)
+        for f in d.files: _fetch_file(d, f, target, progress)
     return target
+
+def _fetch_file(d, f, target, progress):
+    if not f.checksum: _compare(target/f.name)
+    path = _download(d, f, target, progress)
+    if f.name.endswith(_archives): _unpack_archive(path)
+    if not f.checksum: _remember(path)
 
 # %% ../nbs/11_data.ipynb #172c1683
 def _fetch_present(d, cache):
@@ -390,9 +615,10 @@ def fetch(dataset: str|DataSet = 'villin_go', # a name of the register, or an en
           progress: bool = True,              # show progress bars
           cache: str|Path|None = None         # default `cache_directory()`
           ) -> DataSet:                       # with `directory`, `trajectories` and `topology`
-    "Make sure that the files are there and whole. Raises ConnectionError without a network, ValueError on a damaged file."
+    "Make sure that the files are there and whole. Raises ConnectionError without a network, ValueError on a damaged file, OSError on a full disk."
     d = info(dataset) if isinstance(dataset, str) else dataset
     cache = Path(cache or cache_directory())
+    _notice(d)
     if d.kind == 'shipped': return replace(d, directory=_fetch_shipped(d, cache, progress))
     if d.kind == 'downloaded': return replace(d, directory=_fetch_downloaded(d, cache, progress))
     return replace(d, directory=_fetch_present(d, cache))

@@ -8,25 +8,28 @@ Docs: https://foldbook.github.io/foldbook/simulation.html.md"""
 __all__ = ['TIME_STEP', 'FRICTION', 'BOLTZMANN', 'WRITERS', 'protein_chain', 'native_contacts', 'internal_coordinates',
            'local_forces', 'pair_forces', 'cooperative_force', 'writing', 'Dynamics', 'GoModel', 'go_model_from_pdb',
            'go_system', 'shipped_model', 'energies', 'derived_seed', 'run_segment', 'extended', 'simulate', 'versions',
-           'workers', 'ensemble', 'native_fraction', 'passage_times', 'plot_q', 'free_energy', 'plot_free_energy',
-           'shoot_frame', 'shoot', 'committor_estimate', 'choose_frames', 'shoot_ensemble', 'shipped_shots',
-           'plot_shooting']
+           'workers', 'ensemble', 'native_fraction', 'contact_distances', 'passage_times', 'transitions',
+           'plot_contacts', 'plot_q', 'free_energy', 'plot_free_energy', 'folding_temperature', 'two_states',
+           'folding_curve', 'plot_folding_curve', 'net_flux_t', 'shoot_frame', 'next_batch', 'batch_sizes', 'shot_seed',
+           'shoot', 'committor_estimate', 'choose_frames', 'shoot_ensemble', 'shipped_shots', 'plot_shooting']
 
 # %% ../nbs/12_simulation.ipynb #44201e96
 import errno, hashlib, json, os, platform, shutil, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import mdtraj as md
 import numpy as np
 import openmm as mm
+import pandas as pd
 from tqdm.auto import tqdm
 
 from .data import fetch, pack_trajectory, shipped_directory
 
 # %% ../nbs/12_simulation.ipynb #23f22925
-def protein_chain(path: str|Path,        # PDB file
+def protein_chain(path: str|Path,        # PDB file, or mmCIF by its suffix .cif or .mmcif
                   chain: str|None = None # chain identifier; default the first that has whole residues
                   ) -> md.Trajectory:    # heavy atoms only
     "The residues of one chain of the first model; the first of alternate locations. Raises if there is none."
@@ -43,11 +46,19 @@ def protein_chain(path: str|Path,        # PDB file
 
 # %% ../nbs/12_simulation.ipynb #70494d65
 def _first_model(path): # mdtraj reads all models and wants them alike
-    text = Path(path).read_text(errors='replace').split('ENDMDL')[0]
+    text = _cif_as_pdb(path) if Path(path).suffix.lower() in ('.cif', '.mmcif') else Path(path).read_text(errors='replace').split('ENDMDL')[0]
     with tempfile.TemporaryDirectory() as tmp:
         (one := Path(tmp)/'one.pdb').write_text('\n'.join(l for l in text.splitlines() if l.startswith(('ATOM', 'HETATM', 'TER'))) + '\nEND\n')
         try: return md.load_pdb(str(one))
         except (ValueError, IndexError, KeyError) as e: raise ValueError(f'{path}: not a PDB file that can be read ({e})') from e
+
+def _cif_as_pdb(path): # the first model
+    from openmm.app import PDBFile, PDBxFile
+    try:
+        cif, pdb = PDBxFile(str(path)), StringIO()
+        PDBFile.writeFile(cif.topology, cif.getPositions(frame=0), pdb, keepIds=True)
+    except Exception as e: raise ValueError(f'{path}: not an mmCIF file that can be read ({type(e).__name__}: {e})') from e # the parser raises whatever it stumbles over
+    return pdb.getvalue()
 
 # %% ../nbs/12_simulation.ipynb #31147487
 def native_contacts(structure: md.Trajectory, # heavy atoms of one chain
@@ -177,7 +188,7 @@ class GoModel(Dynamics):
         return np.linalg.norm(self.xyz[self.contacts[:, 0]] - self.xyz[self.contacts[:, 1]], axis=1)
 
 # %% ../nbs/12_simulation.ipynb #f8e8ea83
-def go_model_from_pdb(path: str|Path,        # PDB file, or a PDB id to download
+def go_model_from_pdb(path: str|Path,        # PDB or mmCIF file, or a PDB id to download
                       name: str|None = None, # default: the file's name
                       chain: str|None = None,# default: the first protein chain
                       **parameters           # any other field of `GoModel`
@@ -502,9 +513,12 @@ def native_fraction(model: GoModel,
                     tolerance: float = 1.2  # times the native length
                     ) -> np.ndarray:        # (T,) between 0 and 1
     "Fraction of native contacts shorter than `tolerance` times their native length."
+    return (contact_distances(model, xyz) < tolerance*model.contact_lengths).mean(axis=1)
+
+def contact_distances(model: GoModel, xyz: np.ndarray) -> np.ndarray: # (T, n_contacts) nm
+    "Length of each native contact in each frame."
     i, j = model.contacts.T
-    d = np.linalg.norm(xyz[:, i] - xyz[:, j], axis=2)
-    return (d < tolerance*model.contact_lengths).mean(axis=1)
+    return np.linalg.norm(xyz[:, i] - xyz[:, j], axis=2)
 
 # %% ../nbs/12_simulation.ipynb #799a5d20
 def passage_times(q: np.ndarray,      # (T,) order parameter of one trajectory
@@ -512,11 +526,34 @@ def passage_times(q: np.ndarray,      # (T,) order parameter of one trajectory
                   folded: float = 0.8     # B is above
                   ) -> tuple:         # folding, unfolding: frames from entering one state to entering the other
     "First passage times between A and B, one a transition. The first passage of a trajectory is left out: it began before."
+    enter, into = _entries(q, unfolded, folded)
+    duration = np.diff(enter)
+    return duration[into[1:] == 1], duration[into[1:] == 0]
+
+def transitions(q: np.ndarray, unfolded: float = 0.25, folded: float = 0.8) -> int:
+    "How often a trajectory passes from A to B or back."
+    return len(_entries(q, unfolded, folded)[0])
+
+# %% ../nbs/12_simulation.ipynb #6c960e4c
+def _entries(q, unfolded, folded): # frames at which a state is entered from the other one, and the state: 0 is A, 1 is B
     state = np.where(q < unfolded, 0, np.where(q > folded, 1, -1))
     at = np.flatnonzero(state >= 0)
     enter = at[np.flatnonzero(np.diff(state[at])) + 1]
-    duration, into = np.diff(enter), state[enter[1:]] if len(enter) > 1 else np.array([], int)
-    return duration[into == 1], duration[into == 0]
+    return enter, state[enter]
+
+# %% ../nbs/12_simulation.ipynb #a1e9bd39
+def plot_contacts(model: GoModel, xyz=None, ax=None): # xyz: (T, N, 3) nm, optional
+    "Map of native contacts, numbered from 1: above the diagonal the contacts, below it how often each is formed in the given frames."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(5, 4.5))[1]
+    i, j = model.contacts.T + 1
+    ax.scatter(j, i, marker='s', s=14, color='0.4')
+    if xyz is not None:
+        formed = (contact_distances(model, xyz) < 1.2*model.contact_lengths).mean(axis=0)
+        ax.figure.colorbar(ax.scatter(i, j, marker='s', s=14, c=formed, cmap='viridis', vmin=0, vmax=1), label='how often formed')
+    ax.plot([1, len(model.xyz)], [1, len(model.xyz)], color='0.8', lw=1)
+    ax.set(xlabel='residue', ylabel='residue', aspect='equal')
+    return ax
 
 # %% ../nbs/12_simulation.ipynb #cd6b424d
 def plot_q(q: list, spacing_ps: float, ax=None):
@@ -550,6 +587,93 @@ def plot_free_energy(q: list, ax=None):
     ax.set(xlabel='Q', ylabel='free energy (kT)', ylim=(-0.2, 6))
     return ax
 
+# %% ../nbs/12_simulation.ipynb #13f6052c
+def folding_temperature(temperatures, # (n,) K, each as often as there are runs at it
+                        folded        # (n,) folded fraction of each run
+                        ) -> tuple:   # T_f, its standard error: K
+    "Where the two-state law through the folded fractions is one half. Raises if they never cross it."
+    (T_f, _), error = _fit_two_states(temperatures, folded)
+    return T_f, error
+
+def two_states(T, T_f, H): # K, K, kJ/mol
+    "Folded fraction of a two-state chain with enthalpy `H` of unfolding."
+    from scipy.special import expit
+    return expit(H/BOLTZMANN*(1/T - 1/T_f))
+
+# %% ../nbs/12_simulation.ipynb #9f104136
+def _fit_two_states(temperatures, folded): # (T_f, H), standard error of T_f
+    from scipy.optimize import curve_fit
+    T, p = np.asarray(temperatures, float), np.asarray(folded, float)
+    _check_crossing(T, p)
+    if not ((p > 0.05) & (p < 0.95)).any(): # a step: nothing says where in the gap it is
+        low, high = T[p > 0.5].max(), T[p < 0.5].min()
+        return ((low + high)/2, np.inf), (high - low)/2
+    logit = np.log((x := p.clip(0.02, 0.98))/(1 - x))
+    slope, constant = np.polyfit(1/T, logit, 1)
+    best, sigma = (-slope/constant, BOLTZMANN*slope), None
+    for _ in range(3): # first all alike, then each with the spread of a fraction, which is largest at one half
+        best, cov = curve_fit(two_states, T, p, p0=best, sigma=sigma, ftol=1e-12, xtol=1e-12, maxfev=10_000)
+        sigma = np.sqrt((law := two_states(T, *best))*(1 - law) + 0.001)
+    if not best[1] > 0: raise ValueError('the folded fraction rises with T: the runs are too short to fold where it is cold')
+    return tuple(best), float(cov[0, 0]**0.5)
+
+def _check_crossing(T, p):
+    if len(T) != len(p) or len(set(T)) < 3: raise ValueError('a folded fraction for each run, at three temperatures or more')
+    if not np.isfinite(p).all() or p.min() < 0 or p.max() > 1: raise ValueError('a folded fraction lies between 0 and 1')
+    mean = {t: p[T == t].mean() for t in sorted(set(T))}
+    if min(mean.values()) > 0.5: raise ValueError(f'all folded up to T = {max(mean):g} K: scan higher')
+    if max(mean.values()) < 0.5: raise ValueError(f'all unfolded down to T = {min(mean):g} K: scan lower')
+
+# %% ../nbs/12_simulation.ipynb #fd8cfdb2
+def folding_curve(model: GoModel,
+                  directory: str|Path,         # gets a trajectory for each temperature and start
+                  temperatures,                # K
+                  n_frames: int = 700,         # each
+                  steps_per_frame: int = 1500,
+                  seed: int = 1,
+                  burn_in: int = 100,          # frames discarded, each
+                  client=None,                 # a `distributed.Client`; default local processes
+                  n_workers: int|None = None,  # default one a core; 1 works in this process
+                  progress: bool = True
+                  ) -> pd.DataFrame:           # a row a run: T, start, folded (fraction of frames with Q > 0.5), transitions
+    "A native and a stretched start at each temperature. Resumable like `simulate`; more temperatures can be added."
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    jobs = [dict(out=Path(directory)/f'{model.name}-{T:g}-{start}.xtc', n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=2*round(1000*float(T)) + s,
+                 temperature=float(T), start=start, burn_in=burn_in) for T in temperatures for s, start in enumerate(('native', 'extended'))]
+    if n_workers == 1 and client is None:
+        for job in jobs: simulate(model, progress=progress, **job)
+    else: _simulate_all(model, jobs, client, n_workers, progress, len(jobs)*(n_frames + burn_in), steps_per_frame)
+    q = [native_fraction(model, md.load(str(job['out']), top=model.native).xyz) for job in jobs]
+    return pd.DataFrame([dict(T=job['temperature'], start=job['start'], folded=(x > 0.5).mean(), transitions=transitions(x)) for job, x in zip(jobs, q)])
+
+# %% ../nbs/12_simulation.ipynb #6c5c565b
+def plot_folding_curve(curve: pd.DataFrame, ax=None): # as `folding_curve` returns
+    "Folded fraction of each run, the two-state law through them and the folding temperature with its error."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
+    for (start, rows), marker in zip(curve.groupby('start'), 'so'): ax.plot(rows['T'], rows['folded'], marker, ms=6, label=f'{start} start')
+    (T_f, H), error = _fit_two_states(curve['T'], curve['folded'])
+    T = np.linspace(curve['T'].min(), curve['T'].max(), 200)
+    ax.plot(T, two_states(T, T_f, H), color='0.4', lw=1)
+    ax.axvspan(T_f - error, T_f + error, alpha=0.2, color='C2', label=f'{T_f:.1f} ± {error:.1f} K')
+    ax.set(xlabel='temperature (K)', ylabel='folded fraction', ylim=(-0.03, 1.03))
+    ax.legend(fontsize='small')
+    return ax
+
+# %% ../nbs/12_simulation.ipynb #be9a87a9
+def net_flux_t(labels: list,    # (T,) cell of each frame, one array a trajectory
+               n_cells: int,
+               lag: int = 1,    # frames
+               least: int = 100 # passages both ways that a pair of cells needs in all
+               ) -> np.ndarray: # (n_pairs,) Student's t with len(labels) - 1 degrees of freedom under detailed balance
+    "Net passages between pairs of cells: mean over trajectories in units of its standard error."
+    counts = np.stack([np.bincount(a[:-lag]*n_cells + a[lag:], minlength=n_cells**2).reshape(n_cells, n_cells) for a in labels])
+    i, j = np.triu_indices(n_cells, 1)
+    net, both = counts[:, i, j] - counts[:, j, i], counts[:, i, j] + counts[:, j, i]
+    se = net.std(axis=0, ddof=1)/len(labels)**0.5
+    keep = (both.sum(axis=0) >= least) & (se > 0)
+    return net.mean(axis=0)[keep]/se[keep]
+
 # %% ../nbs/12_simulation.ipynb #4997a39b
 def shoot_frame(model: GoModel,
                 x: np.ndarray,          # (N, 3) nm
@@ -561,8 +685,9 @@ def shoot_frame(model: GoModel,
                 max_frames: int = 5000, # a shot longer than this stays undecided
                 temperature: float|None = None # K; default the model's
                 ) -> np.ndarray:        # (n_shots,) int8: 1 folded first, 0 unfolded first, -1 undecided
-    "Outcomes of dynamics from one frame with fresh Maxwell velocities."
+    "Outcomes of dynamics from one frame with fresh Maxwell velocities; a function of its arguments, so that a batch of shots can be repeated."
     temperature = model.temperature if temperature is None else temperature
+    _check_shooting(n_shots, temperature)
     context = model.context(temperature, derived_seed(seed))
     out = np.full(n_shots, -1, np.int8)
     for k in range(n_shots):
@@ -576,50 +701,100 @@ def shoot_frame(model: GoModel,
                 break
     return out
 
+# %% ../nbs/12_simulation.ipynb #41bd330e
+def next_batch(outcomes: np.ndarray,            # shots of one frame: 1, 0, -1 undecided; -2 not shot yet
+               n_shots: int,                    # the first batch
+               target_error: float|None = None  # None: the first batch is all
+               ) -> int:                        # 0: enough
+    "How many shots a frame needs next, by the binomial law and its own outcomes; at most as many as it has had, and as there is room for."
+    shot = int((outcomes > -2).sum())
+    folded, n = int((outcomes == 1).sum()), int((outcomes >= 0).sum())
+    if not shot: return n_shots
+    if target_error is None or not n: return 0
+    q = (folded + 1)/(n + 2)
+    missing = int(np.ceil(max(q*(1 - q)/target_error**2, 0.5/target_error))) - n # the second: one shot must not be wider than the error
+    return max(0, min(missing, shot, len(outcomes) - shot))
+
+def batch_sizes(outcomes: np.ndarray, n_shots: int, target_error: float|None = None) -> list: # of int
+    "The batches in which the shots of one frame were made: batch b from `shoot_frame` with `shot_seed(seed, frame, b)`."
+    sizes, total = [], int((outcomes > -2).sum())
+    while sum(sizes) < total:
+        n = next_batch(np.where(np.arange(len(outcomes)) < sum(sizes), outcomes, -2), n_shots, target_error)
+        if not n: raise ValueError('these shots were made with another first batch or error')
+        sizes.append(n)
+    return sizes
+
+def shot_seed(seed: int, frame: int, batch: int = 0) -> int:
+    "The seed with which `shoot` calls `shoot_frame`."
+    return derived_seed(seed, frame, batch) if batch else derived_seed(seed, frame)
+
 # %% ../nbs/12_simulation.ipynb #7151553e
 def shoot(model: GoModel,
           xyz: np.ndarray,          # (n_frames, N, 3) nm
-          n_shots: int = 40,        # a frame
+          n_shots: int = 40,        # a frame; with `target_error` its first batch
           seed: int = 0,
           out: str|Path|None = None,# npz file: outcomes so far; killed and called again, it goes on
+          target_error: float|None = None, # shoot on where the standard error is larger
+          max_shots: int = 400,     # a frame, with `target_error`
           client=None,              # a `distributed.Client`; default local processes
           n_workers: int|None = None, # default one a core; 1 works in this process
           progress: bool = True,
           **settings                # of `shoot_frame`
-          ) -> np.ndarray:          # (n_frames, n_shots) int8: 1 folded first, 0 unfolded first, -1 undecided
-    "Outcomes of many shots from each frame. Undecided shots are counted and reported."
+          ) -> np.ndarray:          # (n_frames, n_shots or max_shots) int8: 1 folded first, 0 unfolded first, -1 undecided, -2 not shot
+    "Outcomes of shots from each frame, a fixed number or as many as an error asks for. Undecided shots are counted and reported."
+    _check_shooting(n_shots, model.temperature if settings.get('temperature') is None else settings['temperature'], target_error, max_shots)
     xyz = np.asarray(xyz, float)
-    task = _task(model, xyz=hashlib.sha256(xyz.round(6).tobytes()).hexdigest(), n_shots=n_shots, seed=seed, **settings)
-    outcomes, done = _shots_so_far(out, task, len(xyz), n_shots)
-    left = np.flatnonzero(~done)
-    for k, o in tqdm(_shots(model, xyz, left, seed, n_shots, settings, client, n_workers), total=len(left), desc='shooting', unit='frame', disable=not progress):
-        outcomes[k], done[k] = o, True
-        if out: _write_arrays(Path(out), outcomes=outcomes, done=done, task=task)
-    if (n := int((outcomes < 0).sum())): print(f'{n} of {outcomes.size} shots reached neither state and stay undecided (-1)')
+    adaptive = {} if target_error is None else dict(target_error=target_error, max_shots=max_shots)
+    task = _task(model, xyz=hashlib.sha256(xyz.round(6).tobytes()).hexdigest(), n_shots=n_shots, seed=seed, **adaptive, **settings)
+    outcomes, batches = _shots_so_far(out, task, len(xyz), max_shots if adaptive else n_shots)
+    need = lambda k: next_batch(outcomes[k], n_shots, target_error)
+    job = lambda k: (model, xyz[k], shot_seed(seed, int(k), int(batches[k])), need(k))
+    with tqdm(total=len(xyz), initial=sum(not need(k) for k in range(len(xyz))), desc='shooting', unit='frame', disable=not progress) as bar:
+        for k, o in _shots(job, [k for k in range(len(xyz)) if need(k)], need, settings, client, n_workers):
+            first = (outcomes[k] > -2).sum()
+            outcomes[k, first:first + len(o)], batches[k] = o, batches[k] + 1
+            if out: _write_arrays(Path(out), outcomes=outcomes, batches=batches, task=task)
+            bar.update(not need(k))
+    if (n := int((outcomes == -1).sum())): print(f'{n} of {(outcomes > -2).sum()} shots reached neither state and stay undecided (-1)')
     return outcomes
 
 # %% ../nbs/12_simulation.ipynb #28ef8cf2
-def _shots_so_far(out, task, n_frames, n_shots):
+def _check_shooting(n_shots, temperature, target_error=None, max_shots=None):
+    if not temperature > 0: raise ValueError(f'a temperature of {temperature} K: it must be above zero')
+    if n_shots < 1: raise ValueError(f'{n_shots} shots a frame: at least one is needed')
+    if target_error is None: return
+    if not 0 < target_error <= 0.5: raise ValueError(f'a standard error of {target_error}: it lies between 0 and 0.5')
+    if max_shots < n_shots: raise ValueError(f'at most {max_shots} shots a frame, but the first batch has {n_shots}')
+
+def _shots_so_far(out, task, n_frames, n_shots): # outcomes, number of batches of each frame
     if out and Path(out).exists():
         z = np.load(out)
         if str(z['task']) != task: raise ValueError(f'{out} holds shots of another model, seed or set of frames; delete it or choose another output')
-        return z['outcomes'].copy(), z['done'].copy()
-    return np.full((n_frames, n_shots), -1, np.int8), np.zeros(n_frames, bool)
+        return z['outcomes'].copy(), z['batches'].copy()
+    return np.full((n_frames, n_shots), -2, np.int8), np.zeros(n_frames, int)
 
 # %% ../nbs/12_simulation.ipynb #866db13c
-def _shots(model, xyz, left, seed, n_shots, settings, client, n_workers): # yields (frame, outcomes) as they come
+def _shots(job, left, need, settings, client, n_workers): # yields (frame, outcomes of a batch) as they come; the caller notes them before it asks on
     if (n_workers == 1 and client is None) or not len(left):
-        for k in left: yield k, shoot_frame(model, xyz[k], derived_seed(seed, int(k)), n_shots, **settings)
+        for k in left:
+            while need(k): yield k, shoot_frame(*job(k), **settings)
         return
     from distributed import as_completed
     with workers(client, n_workers) as c:
-        futures = {c.submit(shoot_frame, model, xyz[k], derived_seed(seed, int(k)), n_shots, pure=False, **settings): k for k in left}
-        for f in as_completed(futures): yield futures[f], f.result()
+        submit = lambda k: c.submit(shoot_frame, *job(k), pure=False, **settings)
+        futures = {submit(k): k for k in left}
+        coming = as_completed(futures)
+        for f in coming:
+            k = futures.pop(f)
+            yield k, f.result()
+            if need(k):
+                futures[g := submit(k)] = k
+                coming.add(g)
 
 # %% ../nbs/12_simulation.ipynb #59f55ba5
 def committor_estimate(outcomes: np.ndarray # (n_frames, n_shots) int8
                        ) -> tuple:          # q (n_frames,), standard error
-    "Fraction of folded ends and its binomial standard error, undecided shots left out; nan without a decided shot."
+    "Fraction of folded ends and its binomial standard error, undecided shots (-1) and those not made (-2) left out; nan without a decided shot."
     n = (outcomes >= 0).sum(axis=1)
     with np.errstate(invalid='ignore', divide='ignore'):
         q = (outcomes == 1).sum(axis=1)/n
@@ -651,13 +826,16 @@ def shoot_ensemble(model: GoModel,
                    n_shots: int = 40,   # a frame
                    seed: int = 1,
                    **settings           # of `shoot`
-                   ) -> dict:           # arrays 'trajectory', 'frame', 'outcomes'; numbers 'seed', 'steps_per_frame'
+                   ) -> dict:           # arrays 'trajectory', 'frame', 'outcomes'; numbers 'seed', 'steps_per_frame'; with a target also 'target_error' and the sizes of the 'batches'
     "Choose frames spread over Q in the given trajectories and shoot from each."
     out = Path(out)
     chosen = choose_frames([native_fraction(model, x) for x in xyz], trajectories, n, seed=seed)
     so_far = out.with_name(out.name + '.part.npz')
     outcomes = shoot(model, np.stack([xyz[k][t] for k, t in chosen]), n_shots, seed, so_far, **settings)
     result = dict(trajectory=chosen[:, 0].astype(np.int8), frame=chosen[:, 1].astype(np.int32), outcomes=outcomes, seed=seed, steps_per_frame=settings.get('steps_per_frame', 1500))
+    if (error := settings.get('target_error')) is not None:
+        sizes = [batch_sizes(o, n_shots, error) for o in outcomes]
+        result |= dict(target_error=error, batches=np.array([s + [0]*(max(map(len, sizes)) - len(s)) for s in sizes], np.int16))
     _write_arrays(out, **result)
     so_far.unlink()
     return result

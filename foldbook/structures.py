@@ -171,7 +171,7 @@ def _open(structure): # a PDBFixer, where it came from, residues with alternate 
 
 # %% ../nbs/14_structures.ipynb #53749863
 def _from_trajectory(t):
-    topology, positions, text = t.topology.to_openmm(), t.xyz[0].astype(float)*unit.nanometer, io.StringIO()
+    topology, text = t.topology.to_openmm(), io.StringIO()
     app.PDBFile.writeFile(topology, np.zeros((t.n_atoms, 3))*unit.nanometer, text)
     fixer = PDBFixer(pdbfile=io.StringIO(text.getvalue()))
     fixer.topology, fixer.positions = topology, [mm.Vec3(*x) for x in t.xyz[0].astype(float)]*unit.nanometer

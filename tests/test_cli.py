@@ -46,7 +46,7 @@ def one_line_error(done, *words):
 
 
 # --- help, version, start ----------------------------------------------------------------------------------------
-COMMANDS = [[], ['run'], ['zq'], ['simulate'], ['shoot'], ['features'], ['data'], ['data', 'list'], ['data', 'info'], ['data', 'fetch']]
+COMMANDS = [[], ['run'], ['zq'], ['simulate'], *(['simulate', c] for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')), ['shoot'], ['features'], ['data'], ['data', 'list'], ['data', 'info'], ['data', 'fetch']]
 
 
 @pytest.mark.parametrize('command', COMMANDS, ids=' '.join)
@@ -58,8 +58,10 @@ def test_every_command_has_help_with_an_example(command, inside):
 
 
 def test_commands_are_those_of_the_book():
-    from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, read_series, run, shoot, simulate, zq
-    assert {c.callback for c in app.registered_commands} == {zq, run, simulate, shoot, features}
+    from foldbook import cli
+    from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, read_series, run, shoot, simulate_app, zq
+    assert {c.callback for c in app.registered_commands} == {zq, run, shoot, features}
+    assert {c.name: c.callback for c in simulate_app.registered_commands} == {c: getattr(cli, f'simulate_{c}') for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')}
     assert {c.callback for c in data_app.registered_commands} == {data_list, data_info, data_fetch}
     with pytest.raises(FileNotFoundError, match='nothing.npy'): read_series('nothing.npy')
 
@@ -236,7 +238,7 @@ def protein(tmp_path_factory):
     "Trajectories of a protein that the package knows nothing of."
     home = tmp_path_factory.mktemp('protein')
     hairpin(home/'hairpin.pdb')
-    done = foldbook('simulate', '--pdb', 'hairpin.pdb', '--out', 'hp', '--trajectories', 4, '--frames', 600, '--steps-per-frame', 60, '--burn-in', 20, '--workers', 1, cwd=home)
+    done = foldbook('simulate', 'go', '--pdb', 'hairpin.pdb', '--out', 'hp', '--trajectories', 4, '--frames', 600, '--steps-per-frame', 60, '--burn-in', 20, '--workers', 1, cwd=home)
     assert done.returncode == 0, done.stderr
     done = foldbook('shoot', 'hp', '--frames', 12, '--shots', 6, '--steps-per-frame', 60, '--workers', 1, cwd=home)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 "The register, downloads from a local server, checksums, packing and streaming."
-import hashlib, http.server, io, os, re, subprocess, sys, tarfile, threading, tracemalloc, zipfile
-from dataclasses import replace
+import errno, hashlib, http.server, io, os, re, signal, subprocess, sys, tarfile, threading, time, tracemalloc, warnings, zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mdtraj as md
@@ -30,27 +30,61 @@ def trajectory(n_frames, n_beads, seed=0):
     return md.Trajectory(x.astype(np.float32), topology(n_beads), time=6.0*np.arange(n_frames))
 
 
+@dataclass
+class Answer:
+    "What the server of these tests says to one path."
+    body: bytes
+    promised: int|None = None  # Content-Length, if it lies
+    etag: str|None = None
+    modified: str|None = None
+    ranges: bool = True        # whether it knows ranges
+    cut: int|None = None       # bytes of this answer after which it hangs up
+    part: str|None = None      # Content-Range, if it lies
+    stall: float = 0           # seconds of silence after `cut`
+
+
+class Server:
+    "A web server whose answers a test sets: ranges, If-Range, lies, and connections that break."
+    def __init__(self):
+        self.files, self.hits, self.asked = {}, [], []
+        self.http = http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (Handler,), dict(test=self)))
+        self.url = f'http://127.0.0.1:{self.http.server_port}'
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.test.hits.append(self.path)
+        self.test.asked.append((self.headers.get('Range'), self.headers.get('If-Range')))
+        a = self.test.files.get(self.path)
+        if a is None: return self.send_error(404)
+        a = Answer(*a) if isinstance(a, tuple) else a
+        wanted, version = self.test.asked[-1]
+        start = int(wanted[6:-1]) if wanted and a.ranges and version in (None, a.etag, a.modified) else None
+        if start is not None and start >= len(a.body): return self.send_error(416)
+        self.send_response(200 if start is None else 206)
+        rest = a.body[start or 0:]
+        for key, value in dict(ETag=a.etag).items() | {('Last-Modified', a.modified)}:
+            if value: self.send_header(key, value)
+        if start is not None: self.send_header('Content-Range', a.part or f'bytes {start}-{len(a.body) - 1}/{len(a.body)}')
+        self.send_header('Content-Length', str(a.promised or len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[:a.cut])
+        self.wfile.flush()
+        time.sleep(a.stall)
+
+    def log_message(self, *_): pass
+
+
 @pytest.fixture
-def server():
-    "A web server whose answers a test sets; it can break off in the middle of a file."
-    files, hits = {}, []
+def web():
+    s = Server()
+    yield s
+    s.http.shutdown()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            hits.append(self.path)
-            body, promised = files.get(self.path, (None, 0))
-            if body is None: return self.send_error(404)
-            self.send_response(200)
-            self.send_header('Content-Length', str(promised or len(body)))
-            self.end_headers()
-            self.wfile.write(body)
 
-        def log_message(self, *_): pass
-
-    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=s.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{s.server_port}', files, hits
-    s.shutdown()
+@pytest.fixture
+def server(web): return web.url, web.files, web.hits
 
 
 def entry(url, name='frames.npz', checksum=None, **kw): return DataSet('toy', 'downloaded', 'a fixture', (File(name, checksum, url=f'{url}/{name}'),), **kw)
@@ -79,11 +113,214 @@ def test_bad_download_leaves_nothing(server, tmp_path, body, promised, checksum,
     assert leftovers(tmp_path) == []
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, len(PAYLOAD) - 1), min_size=1, max_size=4), st.booleans(), st.booleans())
+def test_break_anywhere_goes_on_to_the_same_file(tmp_path_factory, cuts, published, dated):
+    "However often and wherever the line breaks: each request asks for the rest, and nothing is sent twice."
+    cache, web, n = tmp_path_factory.mktemp('cuts'), Server(), 0
+    version = dict(modified='Tue, 01 Jan 2030 00:00:00 GMT') if dated else dict(etag='"v1"')
+    d = entry(web.url, checksum=sha(PAYLOAD) if published else None)
+    expected = []
+    for cut in [*cuts, None]:
+        expected.append((f'bytes={n}-', next(iter(version.values()))) if n else (None, None))
+        sent = None if cut is None else min(cut, len(PAYLOAD) - n - 1)
+        web.files['/frames.npz'] = Answer(PAYLOAD, cut=sent, **version)
+        if sent is None: break
+        n += sent
+        with pytest.raises(ConnectionError, match='calling this again goes on' if n else 'cannot download'): fd.fetch(d, False, cache)
+        assert (cache/'toy'/'frames.npz.download').read_bytes() == PAYLOAD[:n]
+        assert not (cache/'toy'/'frames.npz').exists()
+    assert (fd.fetch(d, False, cache).directory/'frames.npz').read_bytes() == PAYLOAD
+    assert web.asked == expected
+    assert leftovers(cache) == ['frames.npz'] + ['frames.npz.sha256']*(not published)
+    web.http.shutdown()
+
+
+def interrupted(web, tmp_path, **kw):
+    "A download that broke after 4000 bytes."
+    d = entry(web.url, checksum=kw.pop('checksum', None))
+    web.files['/frames.npz'] = Answer(PAYLOAD, cut=4000, **{'etag': '"v1"', **kw})
+    with pytest.raises(ConnectionError) as e: fd.fetch(d, False, tmp_path)
+    return d, str(e.value)
+
+
+def test_message_says_how_much_is_kept(web, tmp_path):
+    _, message = interrupted(web, tmp_path)
+    assert '4,000 bytes are kept: calling this again goes on' in message and f'{web.url}/frames.npz' in message
+    assert leftovers(tmp_path) == ['frames.npz.download', 'frames.npz.download.tag']
+
+
+def test_server_without_ranges_is_asked_again(web, tmp_path):
+    d, _ = interrupted(web, tmp_path)
+    web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"', ranges=False)
+    assert (fd.fetch(d, False, tmp_path).directory/'frames.npz').read_bytes() == PAYLOAD
+    assert web.asked[1] == ('bytes=4000-', '"v1"')
+
+
+def test_changed_file_starts_anew(web, tmp_path):
+    d, _ = interrupted(web, tmp_path)
+    other = PAYLOAD[::-1]
+    web.files['/frames.npz'] = Answer(other, etag='"v2"')
+    assert (fd.fetch(d, False, tmp_path).directory/'frames.npz').read_bytes() == other
+    assert web.asked[1] == ('bytes=4000-', '"v1"')
+
+
+def test_weak_etag_is_no_proof(web, tmp_path):
+    d, _ = interrupted(web, tmp_path, etag='W/"v1"', modified='Tue, 01 Jan 2030 00:00:00 GMT')
+    web.files['/frames.npz'].cut = None
+    fd.fetch(d, False, tmp_path)
+    assert web.asked[1] == ('bytes=4000-', 'Tue, 01 Jan 2030 00:00:00 GMT')
+
+
+def test_server_without_versions_keeps_nothing(web, tmp_path):
+    d, message = interrupted(web, tmp_path, etag=None)
+    assert leftovers(tmp_path) == [] and 'kept' not in message
+    web.files['/frames.npz'].cut = None
+    fd.fetch(d, False, tmp_path)
+    assert web.asked == [(None, None)]*2
+
+
+@pytest.mark.parametrize('size', [len(PAYLOAD), len(PAYLOAD) + 5])
+def test_nothing_left_to_send_starts_anew(web, tmp_path, size):
+    "The process died between the last byte and the renaming, or the unfinished file is too long."
+    d, _ = interrupted(web, tmp_path)
+    (tmp_path/'toy'/'frames.npz.download').write_bytes(b'x'*size)
+    web.files['/frames.npz'].cut = None
+    assert (fd.fetch(d, False, tmp_path).directory/'frames.npz').read_bytes() == PAYLOAD
+    assert [a for a, _ in web.asked] == [None, f'bytes={size}-', None]
+
+
+@pytest.mark.parametrize('part, why', [('bytes 5000-10239/10240', 'only 4000 are here'), ('nonsense', 'does not say which')])
+def test_lying_server_is_caught(web, tmp_path, part, why):
+    d, _ = interrupted(web, tmp_path)
+    web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"', part=part)
+    with pytest.raises(ConnectionError, match=why): fd.fetch(d, False, tmp_path)
+    assert not (tmp_path/'toy'/'frames.npz').exists()
+
+
+def test_total_may_be_unknown(web, tmp_path):
+    d, _ = interrupted(web, tmp_path)
+    web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"', part='bytes 4000-10239/*')
+    assert (fd.fetch(d, False, tmp_path).directory/'frames.npz').read_bytes() == PAYLOAD
+
+
+def test_wrong_checksum_after_resuming_leaves_nothing(web, tmp_path):
+    d, _ = interrupted(web, tmp_path, checksum=sha(b'other'))
+    web.files['/frames.npz'].cut = None
+    with pytest.raises(ValueError, match='has not the checksum.*nothing of it is kept'): fd.fetch(d, False, tmp_path)
+    assert leftovers(tmp_path) == []
+
+
+def test_missing_file_says_404(web, tmp_path):
+    with pytest.raises(ConnectionError, match='404 Not Found'): fd.fetch(entry(web.url), False, tmp_path)
+    assert leftovers(tmp_path) == []
+
+
+FETCH = "import sys; from foldbook.data import *; fetch(DataSet('toy', 'downloaded', '', (File('frames.npz', None, None, sys.argv[1] + '/frames.npz'),)), False, sys.argv[2])"
+
+
+def test_killed_download_goes_on(web, tmp_path):
+    web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"', cut=4000, stall=20)
+    p = subprocess.Popen([sys.executable, '-c', FETCH, web.url, str(tmp_path)])
+    partial = tmp_path/'toy'/'frames.npz.download'
+    for _ in range(600):
+        if partial.exists() and partial.stat().st_size: break
+        time.sleep(0.1)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    kept = partial.stat().st_size
+    web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"')
+    assert (fd.fetch(entry(web.url), False, tmp_path).directory/'frames.npz').read_bytes() == PAYLOAD
+    assert web.asked[1] == (f'bytes={kept}-', '"v1"') if kept else web.asked[1][0] is None
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no locks')
+def test_two_downloads_at_once_take_turns(web, tmp_path):
+    web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"', stall=1)
+    both = [subprocess.Popen([sys.executable, '-c', FETCH, web.url, str(tmp_path)]) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert web.hits == ['/frames.npz'] and leftovers(tmp_path) == ['frames.npz', 'frames.npz.sha256']
+
+
+@pytest.mark.parametrize('code', ['ENOSPC', 'EDQUOT', 'EFBIG'])
+@pytest.mark.parametrize('where', ['_append', '_unpack_archive', '_remember'])
+def test_full_disk_is_one_sentence(web, tmp_path, monkeypatch, code, where):
+    def full(*_): raise OSError(getattr(errno, code), 'full')
+    monkeypatch.setattr(fd, where, full)
+    name = 'a.zip' if where == '_unpack_archive' else 'frames.npz'
+    web.files[f'/{name}'] = Answer(PAYLOAD, etag='"v1"')
+    with pytest.raises(OSError, match='no space left in .*toy.*FOLDBOOK_CACHE.*call this again') as e: fd.fetch(entry(web.url, name), False, tmp_path)
+    assert e.value.errno == getattr(errno, code)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no limits')
+def test_real_limit_on_file_size(web, tmp_path):
+    web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"')
+    code = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); ' + FETCH
+    p = subprocess.run([sys.executable, '-B', '-c', code, web.url, str(tmp_path)], capture_output=True, text=True)
+    assert p.returncode == 1 and 'no space left in' in p.stderr.splitlines()[-1]
+    assert (fd.fetch(entry(web.url), False, tmp_path).directory/'frames.npz').read_bytes() == PAYLOAD
+    assert web.asked[-1][0] == 'bytes=4096-'
+
+
+def test_files_without_checksum_are_remembered(web, tmp_path):
+    web.files['/frames.npz'] = Answer(PAYLOAD)
+    d = entry(web.url)
+    path = fd.fetch(d, False, tmp_path).directory/'frames.npz'
+    assert (tmp_path/'toy'/'frames.npz.sha256').read_text() == f'{sha(PAYLOAD)[7:]}  frames.npz\n'
+    fd.fetch(d, False, tmp_path)
+    path.write_bytes(PAYLOAD[:-1])
+    with pytest.raises(ValueError, match='frames.npz was changed or damaged'): fd.fetch(d, False, tmp_path)
+    path.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fd.fetch(d, False, tmp_path)
+    path.unlink()
+    web.files['/frames.npz'] = Answer(b'a new version')
+    with pytest.warns(UserWarning, match='another version'): fd.fetch(d, False, tmp_path)
+    assert len(web.hits) == 3 and fd.fetch(d, False, tmp_path)
+
+
+def test_progress_bar_begins_where_it_stopped(web, tmp_path, capsys):
+    d, _ = interrupted(web, tmp_path)
+    web.files['/frames.npz'].cut = None
+    fd.fetch(d, True, tmp_path)
+    shown = capsys.readouterr().err
+    assert 'frames.npz' in shown and '39%' in shown and '100%' in shown
+
+
+@pytest.mark.parametrize('licence, noisy', [('CC-BY-NC 4.0', True), ('agreement: no redistribution', True), ('non-commercial research', True), ('CC-BY 4.0', False), ('CC0 1.0', False)])
+def test_restricting_licence_announces_itself(web, tmp_path, licence, noisy):
+    web.files['/frames.npz'] = Answer(PAYLOAD)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('ignore')
+        warnings.simplefilter('always', fd.LicenceNotice)
+        fd.fetch(entry(web.url, licence=licence), False, tmp_path)
+    assert [licence in str(w.message) and '\n' not in str(w.message) and w.filename == __file__ for w in seen] == [True]*noisy
+
+
+def test_restricted_sets():
+    assert [n for n in fd.names() if fd.is_restricted(fd.info(n))] == ['atlas', 'hp35_desres', 'villin_rmsd', 'desres']
+
+
+def test_majewski_is_complete():
+    proteins = 'chignolin trpcage bba villin wwdomain ntl9 bbl proteinb homeodomain proteing a3d lambda'.split()
+    for p in proteins:
+        reference, arrays, model = (fd.info(f'majewski_{p}{s}') for s in ('', '_ca', '_cg'))
+        assert [f.name for f in arrays.files] == [f'{p}_ca_{k}.npy' for k in ('coords', 'forces', 'deltaforces', 'embeddings')]
+        assert {f.url.rsplit('/', 1)[0] for f in arrays.files + model.files + reference.files} <= {
+            f'http://pub.htmd.org/protein_thermodynamics_data/{k}' for k in ('training_data', 'cg_trajectories', 'reference_trajectories')}
+        assert all(f.name.lower().startswith(p) for f in reference.files), 'an archive of another protein'
+        assert bool(reference.files) == (p != 'homeodomain')
+    assert fd.info('majewski_homeodomain').kind == 'on request'
+
+
 def test_file_placed_by_hand_needs_no_network(tmp_path):
     d = entry('http://127.0.0.1:9', checksum=sha(PAYLOAD))
     with pytest.raises(ConnectionError): fd.fetch(d, False, tmp_path)
     (tmp_path/'toy'/'frames.npz').write_bytes(PAYLOAD)
     assert fd.fetch(d, False, tmp_path).directory == tmp_path/'toy'
+    assert fd.fetch(entry('http://127.0.0.1:9'), False, tmp_path) and (tmp_path/'toy'/'frames.npz.sha256').exists()
 
 
 @pytest.mark.parametrize('kind', ['zip', 'tar.gz'])
@@ -126,7 +363,7 @@ def test_register_is_complete():
 
 
 def test_on_request_says_how(tmp_path):
-    with pytest.raises(FileNotFoundError, match='trajectories@deshawresearch.com'): fd.fetch('desres', False, tmp_path)
+    with pytest.warns(fd.LicenceNotice), pytest.raises(FileNotFoundError, match='trajectories@deshawresearch.com'): fd.fetch('desres', False, tmp_path)
 
 
 @pytest.mark.parametrize('name', fd.names('shipped'))
