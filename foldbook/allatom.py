@@ -77,6 +77,7 @@ class Choice:
     properties: dict
     why: str
 
+_REFERENCE_BELOW = {'obc2': 60, 'vacuum': 120} # atoms
 _CPU, _GPU = {'Threads': '1'}, {'CUDA': {'Precision': 'mixed', 'DeterministicForces': 'true'}, 'OpenCL': {'Precision': 'mixed'}}
 
 def choose_platform(n_atoms: int,
@@ -90,8 +91,8 @@ def choose_platform(n_atoms: int,
         return Choice(platform, dict(_CPU if platform == 'CPU' else _GPU.get(platform, {})), 'asked for')
     gpu = next((p for p in _GPU if p in works), None)
     if gpu and n_atoms >= 100: return Choice(gpu, dict(_GPU[gpu]), f'a GPU is here and {n_atoms} atoms keep it busy')
-    if n_atoms < 60 and solvent in ('obc2', 'vacuum'): return Choice('Reference', {}, f'{n_atoms} atoms: a step is shorter than the fixed cost of the CPU platform')
-    return Choice('CPU', dict(_CPU), f'{n_atoms} atoms' + ('' if n_atoms >= 60 else f' in {solvent}, which is slow on Reference') + '; one thread a process, one process a core')
+    if n_atoms < _REFERENCE_BELOW.get(solvent, 0): return Choice('Reference', {}, f'{n_atoms} atoms in {solvent}: a step is shorter than the fixed cost of the CPU platform')
+    return Choice('CPU', dict(_CPU), f'{n_atoms} atoms in {solvent}; one thread a process, one process a core')
 
 # %% ../nbs/15_allatom.ipynb #x15h
 @lru_cache
@@ -314,7 +315,7 @@ def plot_speed(table: pd.DataFrame, ax=None): # as from `benchmark`
     "Steps a second against the number of atoms, the chosen platform of each."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6.5, 3.5))[1]
-    for (solvent, rows), marker in zip(table[table.chosen].groupby('solvent'), 'osv^D'): ax.loglog(rows.atoms, rows.steps_per_second, marker=marker, label=solvent)
+    for (solvent, rows), marker in zip(table[table.chosen].sort_values('atoms').groupby('solvent'), 'osv^D'): ax.loglog(rows.atoms, rows.steps_per_second, marker=marker, label=solvent)
     ax.set(xlabel='atoms', ylabel='steps a second, one core')
     ax.legend()
     return ax

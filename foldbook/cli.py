@@ -426,7 +426,7 @@ def simulate_scan(pdb: _Pdb='',
     model = _model(pdb, system, chain, dict(cooperativity=cooperativity))
     curve = folding_curve(model, out, np.linspace(low, high, n), frames, steps_per_frame, seed, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
     print(curve.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
-    t, error = folding_temperature(curve)
+    t, error = folding_temperature(curve['T'], curve['folded'])
     print(f'folding temperature {t:.1f} +- {error:.1f} K')
 
 # %% ../nbs/61_command_line.ipynb #c61a0004

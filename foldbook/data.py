@@ -156,6 +156,55 @@ bba_go-7.npy.xz 12af8b72feafd4b35349ecc757bfab815809c7598b86df7a99288307acd0d372
 
 _register_shipped('bba_go', 'BBA FSD-EY (PDB 1FME)', _bba, 6000, 500, 126.0, 'Sarisky and Mayo, J. Mol. Biol. 307, 1411 (2001)')
 
+# %% ../nbs/11_data.ipynb #rg000002
+_atomic = dict(
+    ala2_implicit='''
+ala2-0.h5.json 3d43df20d0324f5e9c00326d9b65beee5c81dc57c8485e8e21dcf0a5606fee08 707
+ala2-0.npz.xz 4c40c939b967f99e07ecda5973c9b6d524ccbeea05ca6ff0fb4ecf46026be948 887256
+ala2-1.h5.json f0b189acc83a94c871faca1ca85462deeac108261f299377b1731ae79c18c9f3 706
+ala2-1.npz.xz dcb8ec5ac7923b864bb5ccc852c3edbd95e242d19e215fa65d980fa3f46aca72 887240
+ala2-2.h5.json b05b3d0292e741322d95540933501aa1239980aa9a0f628add3db04f04cc104b 707
+ala2-2.npz.xz 2f61b96270324507c6744fec4761b74399ffd2a21572ff466cc857e91a4057df 888440
+ala2-3.h5.json f7f6af30513e4628c7f9e0ad9a77d08c85f50aa8f716322168802e6ceef5c87a 707
+ala2-3.npz.xz 363b0c3e1aa8c86d0e450fc37f08ce6760d587c761891ab41868d16ac25d2dd1 888184
+native.pdb 54d20a7c3f85dcc605f912e34a0dd9db4b22bae853e42a3096ea474d2e0077f0 2150
+''',
+    cln025_implicit='''
+atoms.pdb 0d591f01cf5da89c3f37240820e38975e4407a78ae01db4d5d7717a0e5a8ddc3 7564
+cln025-0.h5.json fb23bacc9d1500d93893c7ef663dffcde2cc44dd531a392eaa78494d36997908 1093
+cln025-0.npz.xz 2dd52daf38f89447f250a5edb28449e0b43b40dce46666b5c10186490a0175ae 1372944
+native.pdb 6d39818541fd7d32df6e2436459f07012c5a0d2ca402be7ac95346cd6bef84b2 13526
+''',
+    cln025_implicit_10fs='''
+atoms.pdb 8419552502d93950677ddacbaeddb9c7a41d3f647046a245ed410df80f054a14 7564
+cln025-0.h5.json c260ffcbeaa3c0f612c2355a318a090c00a26aba0fcb0eefac3ffba4e7c7f5f4 1101
+cln025-0.npz.xz 6b3fc7b0778c161ea19932344bb355a0b0e36f5a299fd269fec3a5c3a8ee1441 2582760
+native.pdb a40c9f498fbb4a3614c21887092ff386fb357238b945e471c5536b378cd1bedc 13526
+''',
+    ala_smd='''
+ala12-0.h5.json 6c42626fc340624768f275dd08133380cffbe9f98461077b2a61151f11e494b0 1052
+ala12-0.npz.xz 3d452bd676f7603b2d5ac51545c3034ca693263cf07a3894795dbe898a8dd061 362936
+ala12-1.h5.json 900f6eedee446b4abee54ef97dad5382fb4a2b5f51e5b4de7f76f0bb4b7bc536 1052
+ala12-1.npz.xz fd317b5766d84069f517dc4e4848a4cc93b59036a163d589679c70d4cc6ee3b8 362776
+ala12-2.h5.json 8e3dc390f19828969a61bd678df51950e01be32be63a3f197602ca12980ee0ec 1050
+ala12-2.npz.xz f7dbcfc71f5257c9cabc29adf16480bec01c00f8dc09d08dbdea979a7a6f4dc1 362220
+atoms.pdb 0c3b8833c81ad3e363035850c7bad2e798b482e09cee80ca7cda16ee044d7f6a 4972
+native.pdb a16327fae64c3a0009f6c64415cedc1d13e71b37407eb50874a1a76f7d4bfdf9 10043
+''',
+)
+
+def _register_atomic(name, description, spacing, temperature, citation, how_made, subset=True):
+    register(DataSet(name, 'shipped', description, _shipped_files(_atomic[name]), '*.h5', 'atoms.pdb' if subset else 'native.pdb', spacing, temperature, 'nm, ps, K, kJ/mol, kJ/mol/nm; forces of a pull in pN',
+                     licence='Apache-2.0', citation=f'foldbook; {citation}', how_made=how_made))
+
+_honda = 'structure: Honda et al., J. Am. Chem. Soc. 130, 15327 (2008), PDB 5AWL'
+_register_atomic('ala2_implicit', 'Alanine dipeptide, ff14SB, OBC2, 4 fs steps: 4 x 10 ns, all atoms with forces', 2.0, 300.0, 'chapter All atoms', 'foldbook simulate peptide A --out ala2', False)
+_register_atomic('cln025_implicit', 'Hairpin CLN025 at rest, ff14SB, OBC2, 4 fs steps: 1 ns, heavy atoms', 0.2, 310.0, f'chapter All atoms; {_honda}',
+                 'foldbook simulate equilibrium --system cln025 --force-field ff14SB --solvent obc2 --time-step 4 --steps 250000 --every 50 --burn-in 5000 --atoms heavy --out cln025')
+_register_atomic('cln025_implicit_10fs', 'Hairpin CLN025 at rest by the protocol of the forecasting study, ff14SBonlysc, GB-neck2, 1 fs steps: 100 ps, heavy atoms', 0.01, 310.0, f'chapter All atoms; {_honda}',
+                 'foldbook simulate equilibrium --system cln025_implicit_10fs --burn-in 2000 --atoms heavy --out cln025-10fs')
+_register_atomic('ala_smd', 'Helix of 12 alanines pulled at 0.02 nm/ps, ff14SB, OBC2, 2 fs steps: 3 pulls, heavy atoms, force and work', 0.05, 310.0, 'chapter Pulling', 'foldbook simulate smd --residues 12 --out ala12')
+
 # %% ../nbs/11_data.ipynb #8fd38063
 _mdshare = 'http://ftp.imp.fu-berlin.de/pub/cmb-data/'
 
@@ -418,7 +467,7 @@ def unpack_run(packed: str|Path,     # made by `pack_run`
     if arrays:
         with open(tmp, 'wb') as f: np.savez(f, **arrays)
         os.replace(tmp, out.with_suffix('.npz'))
-    md.Trajectory(xyz, load_topology(topology), time=np.arange(len(xyz))*spacing).save_hdf5(str(tmp))
+    md.Trajectory(xyz, md.load_topology(str(topology)), time=np.arange(len(xyz))*spacing).save_hdf5(str(tmp))
     os.replace(tmp, out)
     return out
 
@@ -428,6 +477,9 @@ def cache_directory() -> Path:
     return Path(os.environ.get('FOLDBOOK_CACHE') or pooch.os_cache('foldbook'))
 
 # %% ../nbs/11_data.ipynb #900da052
+_UNPACK = {'.npy.xz': ('.xtc', lambda d, p, out: unpack_trajectory(p, out, d.frame_spacing_ps)),
+           '.npz.xz': ('.h5', lambda d, p, out: unpack_run(p, out, p.parent/d.topology_pattern))}
+
 _UNPACK = {'.npy.xz': ('.xtc', lambda d, p, out: unpack_trajectory(p, out, d.frame_spacing_ps)),
            '.npz.xz': ('.h5', lambda d, p, out: unpack_run(p, out, p.parent/d.topology_pattern))}
 
