@@ -21,7 +21,7 @@ import openmm as mm
 import openmm.app as app
 import pandas as pd
 
-from .simulation import Dynamics, _simulate_all, simulate, writing
+from .simulation import Dynamics, simulate_all, writing
 from .structures import Molecule, load_molecule
 
 # %% ../nbs/15_allatom.ipynb #x15d
@@ -215,9 +215,7 @@ def run_atomic(model: AtomicModel,         # as `prepared` returns it
     if chosen is not None: write_structure(top.atom_slice(chosen), directory/'atoms.pdb')
     jobs = [dict(out=directory/f'{model.name}-{k}{suffix}', n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=k, burn_in=burn_in, atoms=chosen, keep=tuple(keep))
             for k in range(n_trajectories)]
-    if n_workers == 1 and client is None:
-        for job in jobs: simulate(model, progress=progress, **job)
-    else: _simulate_all(model, jobs, client, n_workers, progress, n_trajectories*(n_frames + burn_in), steps_per_frame)
+    simulate_all(model, jobs, client, n_workers, progress)
     return [j['out'] for j in jobs]
 
 # %% ../nbs/15_allatom.ipynb #x15v

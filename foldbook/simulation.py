@@ -534,14 +534,14 @@ def transitions(q: np.ndarray, unfolded: float = 0.25, folded: float = 0.8) -> i
     "How often a trajectory passes from A to B or back."
     return len(_entries(q, unfolded, folded)[0])
 
-# %% ../nbs/12_simulation.ipynb #6c960e4c
+# %% ../nbs/12_simulation.ipynb #a10d2fd7
 def _entries(q, unfolded, folded): # frames at which a state is entered from the other one, and the state: 0 is A, 1 is B
     state = np.where(q < unfolded, 0, np.where(q > folded, 1, -1))
     at = np.flatnonzero(state >= 0)
     enter = at[np.flatnonzero(np.diff(state[at])) + 1]
     return enter, state[enter]
 
-# %% ../nbs/12_simulation.ipynb #a1e9bd39
+# %% ../nbs/12_simulation.ipynb #9323a1c5
 def plot_contacts(model: GoModel, xyz=None, ax=None): # xyz: (T, N, 3) nm, optional
     "Map of native contacts, numbered from 1: above the diagonal the contacts, below it how often each is formed in the given frames."
     import matplotlib.pyplot as plt
@@ -587,7 +587,7 @@ def plot_free_energy(q: list, ax=None):
     ax.set(xlabel='Q', ylabel='free energy (kT)', ylim=(-0.2, 6))
     return ax
 
-# %% ../nbs/12_simulation.ipynb #13f6052c
+# %% ../nbs/12_simulation.ipynb #0b202258
 def folding_temperature(temperatures, # (n,) K, each as often as there are runs at it
                         folded        # (n,) folded fraction of each run
                         ) -> tuple:   # T_f, its standard error: K
@@ -600,7 +600,7 @@ def two_states(T, T_f, H): # K, K, kJ/mol
     from scipy.special import expit
     return expit(H/BOLTZMANN*(1/T - 1/T_f))
 
-# %% ../nbs/12_simulation.ipynb #9f104136
+# %% ../nbs/12_simulation.ipynb #eaeae1b8
 def _fit_two_states(temperatures, folded): # (T_f, H), standard error of T_f
     from scipy.optimize import curve_fit
     T, p = np.asarray(temperatures, float), np.asarray(folded, float)
@@ -624,7 +624,7 @@ def _check_crossing(T, p):
     if min(mean.values()) > 0.5: raise ValueError(f'all folded up to T = {max(mean):g} K: scan higher')
     if max(mean.values()) < 0.5: raise ValueError(f'all unfolded down to T = {min(mean):g} K: scan lower')
 
-# %% ../nbs/12_simulation.ipynb #fd8cfdb2
+# %% ../nbs/12_simulation.ipynb #86bc51f1
 def folding_curve(model: GoModel,
                   directory: str|Path,         # gets a trajectory for each temperature and start
                   temperatures,                # K
@@ -646,7 +646,7 @@ def folding_curve(model: GoModel,
     q = [native_fraction(model, md.load(str(job['out']), top=model.native).xyz) for job in jobs]
     return pd.DataFrame([dict(T=job['temperature'], start=job['start'], folded=(x > 0.5).mean(), transitions=transitions(x)) for job, x in zip(jobs, q)])
 
-# %% ../nbs/12_simulation.ipynb #6c5c565b
+# %% ../nbs/12_simulation.ipynb #0db566dd
 def plot_folding_curve(curve: pd.DataFrame, ax=None): # as `folding_curve` returns
     "Folded fraction of each run, the two-state law through them and the folding temperature with its error."
     import matplotlib.pyplot as plt
@@ -660,7 +660,7 @@ def plot_folding_curve(curve: pd.DataFrame, ax=None): # as `folding_curve` retur
     ax.legend(fontsize='small')
     return ax
 
-# %% ../nbs/12_simulation.ipynb #be9a87a9
+# %% ../nbs/12_simulation.ipynb #47a60eb3
 def net_flux_t(labels: list,    # (T,) cell of each frame, one array a trajectory
                n_cells: int,
                lag: int = 1,    # frames
@@ -701,7 +701,7 @@ def shoot_frame(model: GoModel,
                 break
     return out
 
-# %% ../nbs/12_simulation.ipynb #41bd330e
+# %% ../nbs/12_simulation.ipynb #6088376e
 def next_batch(outcomes: np.ndarray,            # shots of one frame: 1, 0, -1 undecided; -2 not shot yet
                n_shots: int,                    # the first batch
                target_error: float|None = None  # None: the first batch is all

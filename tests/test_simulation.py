@@ -108,6 +108,31 @@ def test_only_one_whole_chain_is_kept(hth, tmp_path):
     with pytest.raises(ValueError, match='no protein chain .Z.; it has A, B'): fs.protein_chain(tmp_path/'mess.pdb', 'Z')
 
 
+@pytest.mark.parametrize('suffix', ['.cif', '.mmcif', '.CIF'])
+def test_mmcif_is_the_same_chain(hth, model, tmp_path, suffix):
+    "Two models, a water, a second chain: the model is that of the PDB file."
+    from openmm.app import PDBFile, PDBxFile
+    atoms = [l for l in hth.read_text().splitlines() if l.startswith('ATOM')]
+    water = 'HETATM  999  O   HOH A 102      20.000  10.000  10.000  1.00  0.00           O'
+    second = [l[:21] + 'B' + l[22:] for l in atoms[:60]]
+    (tmp_path/'two.pdb').write_text('\n'.join([*atoms, 'TER', *second, 'TER', water, 'END']) + '\n')
+    pdb = PDBFile(str(tmp_path/'two.pdb'))
+    with open(tmp_path/f'two{suffix}', 'w') as f:
+        PDBxFile.writeHeader(pdb.topology, f, keepIds=True)
+        PDBxFile.writeModel(pdb.topology, pdb.positions, f, modelIndex=1, keepIds=True)
+        PDBxFile.writeModel(pdb.topology, pdb.getPositions(asNumpy=True)*2, f, modelIndex=2, keepIds=True)
+    for chain in (None, 'B'):
+        a, b = (GoModel.from_pdb(tmp_path/f'two{x}', chain=chain) for x in ('.pdb', suffix))
+        assert fs._settings(a) | dict(source='') == fs._settings(b) | dict(source='') and b.source == f'two{suffix}'
+    assert (GoModel.from_pdb(tmp_path/f'two{suffix}').contacts == model.contacts).all()
+
+
+@pytest.mark.parametrize('text', ['', 'data_x\n', 'ATOM      1  N   ALA A   1', 'data_x\nloop_\n_atom_site.id\n_atom_site.Cartn_x\n1 2.0 3.0\n'])
+def test_an_unreadable_mmcif_says_so(tmp_path, text):
+    (tmp_path/'bad.cif').write_text(text)
+    with pytest.raises(ValueError, match='bad.cif: not an mmCIF file that can be read'): fs.protein_chain(tmp_path/'bad.cif')
+
+
 def test_unusable_structures_say_why(hth, tmp_path):
     ca = [l for l in hth.read_text().splitlines() if l[12:16].strip() == 'CA']
     (tmp_path/'ca.pdb').write_text('\n'.join(ca) + '\nEND\n')
@@ -292,6 +317,72 @@ def test_passage_times_count_by_hand(q):
     assert got[0].tolist() == fold and got[1].tolist() == unfold
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.floats(125, 149), st.floats(20, 150), st.integers(0, 1000))
+def test_folding_temperature_of_exact_data(T_f, H, seed):
+    T = np.repeat(np.linspace(122, 152, 7), 2)[np.random.default_rng(seed).permutation(14)]
+    got, error = fs.folding_temperature(T, fs.two_states(T, T_f, H))
+    assert abs(got - T_f) < 1e-6 and error < 1e-6
+
+
+def test_folding_temperature_of_counted_data():
+    "Fractions of 100 independent looks: the error is that of repeated scans."
+    T, rng = np.repeat(np.linspace(122, 152, 7), 2), np.random.default_rng(1)
+    fits = np.array([fs.folding_temperature(T, rng.binomial(100, fs.two_states(T, 137.0, 60.0))/100) for _ in range(200)])
+    z = (fits[:, 0] - 137)/fits[:, 1]
+    assert abs(fits[:, 0].mean() - 137) < 4*fits[:, 0].std()/200**0.5 and 0.8 < z.std() < 1.4
+
+
+def test_a_scan_that_missed_says_where_to_look():
+    T = np.array([120, 130, 140])
+    with pytest.raises(ValueError, match='all folded up to T = 140 K: scan higher'): fs.folding_temperature(T, [1, .9, .7])
+    with pytest.raises(ValueError, match='all unfolded down to T = 120 K: scan lower'): fs.folding_temperature(T, [.4, .2, 0])
+    with pytest.raises(ValueError, match='too short to fold'): fs.folding_temperature(T, [.2, .5, .9])
+    for bad in ([.9, .1], [.9, np.nan, .1], [1.2, .5, .1]):
+        with pytest.raises(ValueError, match='a folded fraction'): fs.folding_temperature(T[:len(bad)], bad)
+    assert fs.folding_temperature(T, [1, 1, 0]) == (135.0, 5.0)
+
+
+def test_folding_curve_goes_on_and_grows(model, tmp_path, monkeypatch):
+    "A killed scan goes on; the order of temperatures and the number of workers change nothing; more can be added."
+    m, job = replace(model, name='hth'), dict(n_frames=30, steps_per_frame=40, burn_in=5, seed=3, progress=False)
+    whole = fs.folding_curve(m, tmp_path/'a', [100, 140], n_workers=2, **job)
+    real, calls = fs.run_segment, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(fs, 'run_segment', stop)
+    with pytest.raises(KeyboardInterrupt): fs.folding_curve(m, tmp_path/'b', [140, 100], n_workers=1, **job)
+    monkeypatch.undo()
+    more = fs.folding_curve(m, tmp_path/'b', [140, 100, 180], n_workers=1, **job)
+    assert list(whole.columns) == ['T', 'start', 'folded', 'transitions'] and len(more) == 6
+    assert more[more['T'] < 150].sort_values(['T', 'start']).values.tolist() == whole.sort_values(['T', 'start']).values.tolist()
+    starts = [md.load(str(tmp_path/'b'/f'hth-{T}-native.xtc'), top=m.native).xyz for T in (100, 140)]
+    assert np.abs(starts[0] - starts[1]).max() > 0.01
+
+
+def test_transitions_are_counted():
+    assert fs.transitions(np.array([.1, .5, .9, .5, .9, .1])) == 2
+    assert fs.transitions(np.full(5, .5)) == fs.transitions(np.full(5, .9)) == 0 and fs.transitions(np.array([])) == 0
+
+
+def chains(forward, backward, seed, length=4000):
+    rng = np.random.default_rng(seed)
+    return [np.cumsum(rng.choice([0, 1, -1], length, p=[1 - forward - backward, forward, backward])) % 4 for _ in range(8)]
+
+
+def test_net_flux_follows_student_and_sees_a_drive():
+    "Over many fair rings t has mean square 7/5 and no favourite sign; a driven one shows at once, and more at a longer lag."
+    fair = np.array([fs.net_flux_t(chains(.2, .2, k), 4)[0] for k in range(300)])
+    assert abs(fair.mean()) < 4*(1.4/300)**0.5 and abs((fair**2).mean() - 1.4) < 4*(7.84/300)**0.5
+    assert (abs(fs.net_flux_t(chains(.25, .15, 1), 4)) > 5).all()
+    assert len(fs.net_flux_t(chains(.2, .2, 1), 4)) == 4 and len(fs.net_flux_t(chains(.2, .2, 1), 4, lag=3)) == 6
+    assert len(fs.net_flux_t(chains(.2, .2, 1), 4, least=10**6)) == 0
+    assert fs.net_flux_t([np.array([0, 1]), np.array([1, 1])], 2, least=1).tolist() == [1.0]
+
+
 def test_free_energy_of_a_known_law():
     rng = np.random.default_rng(0)
     f, df = fs.free_energy([rng.uniform(0, 1, 4000)**0.5 for _ in range(8)], np.linspace(0, 1, 5))  # density 2q: bins 1, 3, 5, 7 sixteenths
@@ -312,14 +403,112 @@ def test_shooting_resumes_and_repeats(model, tmp_path):
     try:
         with pytest.raises(KeyboardInterrupt): fs.shoot(model, xyz, out=tmp_path/'s.npz', **job)
     finally: fs.shoot_frame = real
-    assert np.load(tmp_path/'s.npz')['done'].sum() == 3
+    assert np.load(tmp_path/'s.npz')['batches'].sum() == 3
     assert (fs.shoot(model, xyz, out=tmp_path/'s.npz', **job) == want).all()
     assert want.dtype == np.int8 and set(want.ravel()) <= {-1, 0, 1}
     with pytest.raises(ValueError, match='shots of another'): fs.shoot(model, xyz[:4], out=tmp_path/'s.npz', **job)
 
 
+def test_a_fixed_number_of_shots_is_what_it_was(model, monkeypatch):
+    "The shipped shots stay reproducible: frame k is shot with derived_seed(seed, k), once."
+    calls = []
+
+    def note(m, x, seed, n, **settings):
+        calls.append((seed, n))
+        return np.zeros(n, np.int8)
+    monkeypatch.setattr(fs, 'shoot_frame', note)
+    assert fs.shoot(model, np.zeros((3, 1, 3)), 7, seed=5, n_workers=1, progress=False).shape == (3, 7)
+    assert calls == [(fs.derived_seed(5, k), 7) for k in range(3)]
+
+
+def coin(model, x, seed, n, undecided=0.0, **settings): # a frame is its committor
+    rng = np.random.default_rng(seed)
+    return np.where(rng.uniform(size=n) < undecided, -1, rng.uniform(size=n) < x[0, 0]).astype(np.int8)
+
+
+TRUTH = np.linspace(0.02, 0.98, 65)
+COINS = dict(n_shots=20, seed=3, target_error=0.05, n_workers=1, progress=False)
+
+
+def test_shots_go_where_the_error_is_large(model, monkeypatch):
+    monkeypatch.setattr(fs, 'shoot_frame', coin)
+    got = fs.shoot(model, TRUTH[:, None, None], **COINS)
+    p, se = fs.committor_estimate(got)
+    count = (got > -2).sum(axis=1)
+    assert got.shape == (65, 400) and se.max() <= 0.05 + 1e-12 and count.min() >= 20
+    assert (count[abs(TRUTH - .5) < .1] > 80).all() and (count[abs(TRUTH - .5) > .45] < 60).all()
+    z = (p - TRUTH)/np.sqrt(TRUTH*(1 - TRUTH)/count)
+    assert abs(z.mean()) < 4/65**0.5 and abs(z).max() < 4.5
+    for row, n in zip(got, count):
+        assert (row[:n] > -2).all() and (row[n:] == -2).all()
+        sizes = fs.batch_sizes(row, 20, 0.05)
+        assert sizes[0] == 20 and sum(sizes) == n and all(1 <= b <= sum(sizes[:k]) for k, b in enumerate(sizes) if k)
+        k = int(np.flatnonzero((got == row).all(1))[0])
+        shots = [coin(None, TRUTH[k].reshape(1, 1), fs.shot_seed(3, k, b), size) for b, size in enumerate(sizes)]
+        assert (np.concatenate(shots) == row[:n]).all()
+    few = fs.shoot(model, TRUTH[:, None, None], **COINS | dict(max_shots=30))
+    assert few.shape == (65, 30) and (few[30:35] > -2).all()
+
+
+def test_adaptive_shots_resume_and_know_no_order(model, tmp_path, monkeypatch):
+    "Killed after any number of batches, or with frames finished in another order, the result is the same."
+    monkeypatch.setattr(fs, 'shoot_frame', coin)
+    xyz = TRUTH[:, None, None]
+    want = fs.shoot(model, xyz, **COINS)
+    for stop in (1, 30, 66, 70, 120):
+        calls = []
+
+        def fail(*a, **k):
+            calls.append(1)
+            if len(calls) == stop: raise KeyboardInterrupt
+            return coin(*a, **k)
+        monkeypatch.setattr(fs, 'shoot_frame', fail)
+        out = tmp_path/f'{stop}.npz'
+        with pytest.raises(KeyboardInterrupt): fs.shoot(model, xyz, out=out, **COINS)
+        monkeypatch.setattr(fs, 'shoot_frame', coin)
+        assert (fs.shoot(model, xyz, out=out, **COINS) == want).all()
+        assert np.load(out)['batches'].tolist() == [len(fs.batch_sizes(o, 20, 0.05)) for o in want]
+        with pytest.raises(ValueError, match='shots of another'): fs.shoot(model, xyz, out=out, **COINS | dict(target_error=0.04))
+
+    def shuffled(job, left, need, *_):
+        rng, left = np.random.default_rng(0), list(left)
+        while left:
+            k = left[rng.integers(len(left))]
+            yield k, coin(*job(k))
+            left = [k for k in left if need(k)]
+    monkeypatch.setattr(fs, '_shots', shuffled)
+    assert (fs.shoot(model, xyz, **COINS) == want).all()
+
+
+def test_adaptive_shots_over_workers_are_the_serial_ones(model):
+    job = dict(n_shots=4, seed=1, target_error=0.15, max_shots=20, steps_per_frame=50, max_frames=40, unfolded=0.6, folded=0.9, progress=False)
+    xyz = fs.run_segment(model, dict(x=model.xyz, v=np.zeros_like(model.xyz)), 4, 40, 137.0, 2)[0]['xyz']
+    one = fs.shoot(model, xyz, n_workers=1, **job)
+    assert (fs.shoot(model, xyz, n_workers=2, **job) == one).all() and (one == -2).any()
+
+
+def test_undecided_shots_get_no_endless_company(model, monkeypatch, capsys):
+    "A frame of undecided shots only gets no more; with some undecided the decided ones reach the error."
+    monkeypatch.setattr(fs, 'shoot_frame', coin)
+    xyz = TRUTH[:, None, None]
+    got = fs.shoot(model, xyz, undecided=1.1, **COINS)
+    assert ((got == -1).sum(1) == 20).all() and (got[:, 20:] == -2).all() and '1300 of 1300 shots' in capsys.readouterr().out
+    some = fs.shoot(model, xyz, undecided=0.3, **COINS)
+    assert fs.committor_estimate(some)[1].max() <= 0.05 + 1e-12 and f'{(some == -1).sum()} of {(some > -2).sum()} shots' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='another first batch'): fs.batch_sizes(np.int8([0]*20 + [1]*380), 20, 0.05)
+
+
+@pytest.mark.parametrize('settings, words', [(dict(n_shots=0), 'at least one'), (dict(temperature=0), 'above zero'), (dict(temperature=-1.0), 'above zero'), (dict(target_error=0), 'between 0 and 0.5'),
+                                             (dict(target_error=0.1, n_shots=500), 'at most 400')])
+def test_impossible_shots_are_refused(model, settings, words, tmp_path):
+    with pytest.raises(ValueError, match=words): fs.shoot(model, model.xyz[None], out=tmp_path/'s.npz', n_workers=1, **settings)
+    if not {'target_error'} & set(settings):
+        with pytest.raises(ValueError, match=words): fs.shoot_frame(model, model.xyz, 1, **settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_committor_estimate_leaves_undecided_out(capsys, model):
-    q, se = fs.committor_estimate(np.array([[1, 1, 0, -1], [-1, -1, -1, -1], [0, 0, 0, 0]], np.int8))
+    q, se = fs.committor_estimate(np.array([[1, 1, 0, -1, -2], [-1, -1, -1, -1, -1], [0, 0, 0, 0, -2]], np.int8))
     assert np.allclose(q[[0, 2]], [2/3, 0]) and np.isnan(q[1]) and np.allclose(se[0], np.sqrt(2/27))
     assert se[2] > 0
     fs.shoot(model, model.xyz[None], 2, n_workers=1, max_frames=1, steps_per_frame=1, folded=2, unfolded=-1, progress=False)
@@ -339,8 +528,11 @@ def test_shoot_ensemble_chooses_shoots_and_writes(model, tmp_path):
     xyz = [model.xyz + rng.normal(scale=s, size=(40, *model.xyz.shape)) for s in (0.1, 0.15)]
     got = fs.shoot_ensemble(model, xyz, [1], tmp_path/'shots.npz', n=3, n_shots=2, seed=5, n_workers=1, steps_per_frame=20, max_frames=3, progress=False)
     with np.load(tmp_path/'shots.npz') as z: assert all((z[k] == v).all() for k, v in got.items())
-    assert set(got['trajectory']) == {1} and got['outcomes'].shape == (3, 2) and got['steps_per_frame'] == 20
+    assert set(got['trajectory']) == {1} and got['outcomes'].shape == (3, 2) and got['steps_per_frame'] == 20 and 'batches' not in got
     assert [p.name for p in tmp_path.iterdir()] == ['shots.npz']
+    more = fs.shoot_ensemble(model, xyz, [1], tmp_path/'more.npz', n=3, n_shots=2, seed=5, target_error=0.2, max_shots=9, n_workers=1, steps_per_frame=20, max_frames=3, progress=False)
+    assert (more['batches'].sum(1) == (more['outcomes'] > -2).sum(1)).all() and more['outcomes'].shape == (3, 9) and more['target_error'] == 0.2
+    assert (more['outcomes'][:, :2] == got['outcomes']).all()
 
 
 @pytest.mark.parametrize('name, residues, contacts, passages', [('villin_go', 35, 75, 800), ('bba_go', 28, 44, 700)])
@@ -368,4 +560,10 @@ def test_figures_are_drawn():
     q = [np.linspace(0, 1, 200)]*2
     assert len(fs.plot_q(q, 6.0)) == 2
     assert fs.plot_free_energy(q).get_xlabel() == 'Q'
+    ax = fs.plot_contacts(shipped := fs.shipped_model(), shipped.xyz[None])
+    assert (ax.get_xlabel(), len(ax.collections[0].get_offsets())) == ('residue', 75) and (ax.collections[1].get_array() == 1).all()
+    import pandas as pd
+    T = np.repeat([120., 130, 140, 150], 2)
+    ax = fs.plot_folding_curve(pd.DataFrame(dict(T=T, start=['native', 'extended']*4, folded=fs.two_states(T, 136, 60), transitions=1)))
+    assert ax.get_ylabel() == 'folded fraction' and '136.0' in ax.get_legend().get_texts()[-1].get_text()
     assert fs.plot_shooting(np.array([.3, .6]), np.array([[0, 0], [1, 1]])).get_ylabel() == 'committor by shooting'
