@@ -8,10 +8,11 @@ Docs: https://foldbook.github.io/foldbook/simulation.html.md"""
 __all__ = ['TIME_STEP', 'FRICTION', 'BOLTZMANN', 'WRITERS', 'protein_chain', 'native_contacts', 'internal_coordinates',
            'local_forces', 'pair_forces', 'cooperative_force', 'writing', 'Dynamics', 'GoModel', 'go_model_from_pdb',
            'go_system', 'shipped_model', 'energies', 'derived_seed', 'run_segment', 'extended', 'simulate', 'versions',
-           'workers', 'ensemble', 'native_fraction', 'contact_distances', 'passage_times', 'transitions',
-           'plot_contacts', 'plot_q', 'free_energy', 'plot_free_energy', 'folding_temperature', 'two_states',
-           'folding_curve', 'plot_folding_curve', 'net_flux_t', 'shoot_frame', 'next_batch', 'batch_sizes', 'shot_seed',
-           'shoot', 'committor_estimate', 'choose_frames', 'shoot_ensemble', 'shipped_shots', 'plot_shooting']
+           'workers', 'ensemble', 'simulate_all', 'native_fraction', 'contact_distances', 'passage_times',
+           'transitions', 'plot_contacts', 'plot_q', 'free_energy', 'plot_free_energy', 'folding_temperature',
+           'two_states', 'folding_curve', 'plot_folding_curve', 'net_flux_t', 'shoot_frame', 'next_batch',
+           'batch_sizes', 'shot_seed', 'shoot', 'committor_estimate', 'choose_frames', 'shoot_ensemble',
+           'shipped_shots', 'plot_shooting']
 
 # %% ../nbs/12_simulation.ipynb #44201e96
 import errno, hashlib, json, os, platform, shutil, tempfile, time, warnings
@@ -481,19 +482,25 @@ def ensemble(model: GoModel,
     outs = [directory/f'{model.name}-{k}.xtc' for k in range(n_trajectories)]
     jobs = [dict(out=out, n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=k, temperature=temperature,
                  start='extended' if k % 2 else 'native', burn_in=burn_in) for k, out in enumerate(outs)]
-    if n_workers == 1 and client is None:
-        for job in jobs: simulate(model, progress=progress, **job)
-    else: _simulate_all(model, jobs, client, n_workers, progress, n_trajectories*(n_frames + burn_in), steps_per_frame)
+    simulate_all(model, jobs, client, n_workers, progress)
     if not pack: return outs
     packed = [pack_trajectory(out, directory/'native.pdb', out.with_suffix('.npy.xz')) for out in outs]
     for out in outs: out.unlink()
     return packed
 
 # %% ../nbs/12_simulation.ipynb #23348096
-def _simulate_all(model, jobs, client, n_workers, progress, total, steps_per_frame):
+def simulate_all(model: Dynamics,
+                 jobs: list,         # of dict: arguments of `simulate`, one a trajectory
+                 client=None,        # a `distributed.Client`; default local processes
+                 n_workers: int|None = None, # default one a core; 1 works in this process
+                 progress: bool = True):
+    "Several trajectories, one process each; one bar for all."
+    if n_workers == 1 and client is None:
+        for job in jobs: simulate(model, progress=progress, **job)
+        return
     from distributed import wait
-    frames = lambda: sum(_frames_done(job) for job in jobs)
-    with workers(client, n_workers) as c, _Bar(model.name, total, frames(), steps_per_frame*model.time_step, progress) as bar:
+    frames, total = lambda: sum(_frames_done(job) for job in jobs), sum(job['n_frames'] + job['burn_in'] for job in jobs)
+    with workers(client, n_workers) as c, _Bar(model.name, total, frames(), jobs[0]['steps_per_frame']*model.time_step, progress) as bar:
         futures = [c.submit(simulate, model, progress=False, pure=False, **job) for job in jobs]
         while any(f.status == 'pending' for f in futures):
             try: wait(futures, timeout=2, return_when='ALL_COMPLETED')
@@ -515,6 +522,7 @@ def native_fraction(model: GoModel,
     "Fraction of native contacts shorter than `tolerance` times their native length."
     return (contact_distances(model, xyz) < tolerance*model.contact_lengths).mean(axis=1)
 
+# %% ../nbs/12_simulation.ipynb #37ec53dd
 def contact_distances(model: GoModel, xyz: np.ndarray) -> np.ndarray: # (T, n_contacts) nm
     "Length of each native contact in each frame."
     i, j = model.contacts.T
@@ -530,27 +538,28 @@ def passage_times(q: np.ndarray,      # (T,) order parameter of one trajectory
     duration = np.diff(enter)
     return duration[into[1:] == 1], duration[into[1:] == 0]
 
+# %% ../nbs/12_simulation.ipynb #908b1b4d
 def transitions(q: np.ndarray, unfolded: float = 0.25, folded: float = 0.8) -> int:
     "How often a trajectory passes from A to B or back."
     return len(_entries(q, unfolded, folded)[0])
 
-# %% ../nbs/12_simulation.ipynb #a10d2fd7
+# %% ../nbs/12_simulation.ipynb #0426f5c3
 def _entries(q, unfolded, folded): # frames at which a state is entered from the other one, and the state: 0 is A, 1 is B
     state = np.where(q < unfolded, 0, np.where(q > folded, 1, -1))
     at = np.flatnonzero(state >= 0)
     enter = at[np.flatnonzero(np.diff(state[at])) + 1]
     return enter, state[enter]
 
-# %% ../nbs/12_simulation.ipynb #9323a1c5
+# %% ../nbs/12_simulation.ipynb #7c9f911d
 def plot_contacts(model: GoModel, xyz=None, ax=None): # xyz: (T, N, 3) nm, optional
     "Map of native contacts, numbered from 1: above the diagonal the contacts, below it how often each is formed in the given frames."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 4.5))[1]
     i, j = model.contacts.T + 1
-    ax.scatter(j, i, marker='s', s=14, color='0.4')
+    ax.scatter(i, j, marker='s', s=14, color='0.4')
     if xyz is not None:
         formed = (contact_distances(model, xyz) < 1.2*model.contact_lengths).mean(axis=0)
-        ax.figure.colorbar(ax.scatter(i, j, marker='s', s=14, c=formed, cmap='viridis', vmin=0, vmax=1), label='how often formed')
+        ax.figure.colorbar(ax.scatter(j, i, marker='s', s=14, c=formed, cmap='viridis', vmin=0, vmax=1), label='how often formed')
     ax.plot([1, len(model.xyz)], [1, len(model.xyz)], color='0.8', lw=1)
     ax.set(xlabel='residue', ylabel='residue', aspect='equal')
     return ax
@@ -587,7 +596,7 @@ def plot_free_energy(q: list, ax=None):
     ax.set(xlabel='Q', ylabel='free energy (kT)', ylim=(-0.2, 6))
     return ax
 
-# %% ../nbs/12_simulation.ipynb #0b202258
+# %% ../nbs/12_simulation.ipynb #90ae15b2
 def folding_temperature(temperatures, # (n,) K, each as often as there are runs at it
                         folded        # (n,) folded fraction of each run
                         ) -> tuple:   # T_f, its standard error: K
@@ -595,12 +604,13 @@ def folding_temperature(temperatures, # (n,) K, each as often as there are runs 
     (T_f, _), error = _fit_two_states(temperatures, folded)
     return T_f, error
 
+# %% ../nbs/12_simulation.ipynb #78108204
 def two_states(T, T_f, H): # K, K, kJ/mol
     "Folded fraction of a two-state chain with enthalpy `H` of unfolding."
     from scipy.special import expit
     return expit(H/BOLTZMANN*(1/T - 1/T_f))
 
-# %% ../nbs/12_simulation.ipynb #eaeae1b8
+# %% ../nbs/12_simulation.ipynb #09f381c1
 def _fit_two_states(temperatures, folded): # (T_f, H), standard error of T_f
     from scipy.optimize import curve_fit
     T, p = np.asarray(temperatures, float), np.asarray(folded, float)
@@ -624,7 +634,7 @@ def _check_crossing(T, p):
     if min(mean.values()) > 0.5: raise ValueError(f'all folded up to T = {max(mean):g} K: scan higher')
     if max(mean.values()) < 0.5: raise ValueError(f'all unfolded down to T = {min(mean):g} K: scan lower')
 
-# %% ../nbs/12_simulation.ipynb #86bc51f1
+# %% ../nbs/12_simulation.ipynb #d66d7b80
 def folding_curve(model: GoModel,
                   directory: str|Path,         # gets a trajectory for each temperature and start
                   temperatures,                # K
@@ -640,13 +650,11 @@ def folding_curve(model: GoModel,
     Path(directory).mkdir(parents=True, exist_ok=True)
     jobs = [dict(out=Path(directory)/f'{model.name}-{T:g}-{start}.xtc', n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=2*round(1000*float(T)) + s,
                  temperature=float(T), start=start, burn_in=burn_in) for T in temperatures for s, start in enumerate(('native', 'extended'))]
-    if n_workers == 1 and client is None:
-        for job in jobs: simulate(model, progress=progress, **job)
-    else: _simulate_all(model, jobs, client, n_workers, progress, len(jobs)*(n_frames + burn_in), steps_per_frame)
+    simulate_all(model, jobs, client, n_workers, progress)
     q = [native_fraction(model, md.load(str(job['out']), top=model.native).xyz) for job in jobs]
     return pd.DataFrame([dict(T=job['temperature'], start=job['start'], folded=(x > 0.5).mean(), transitions=transitions(x)) for job, x in zip(jobs, q)])
 
-# %% ../nbs/12_simulation.ipynb #0db566dd
+# %% ../nbs/12_simulation.ipynb #25f63014
 def plot_folding_curve(curve: pd.DataFrame, ax=None): # as `folding_curve` returns
     "Folded fraction of each run, the two-state law through them and the folding temperature with its error."
     import matplotlib.pyplot as plt
@@ -660,7 +668,7 @@ def plot_folding_curve(curve: pd.DataFrame, ax=None): # as `folding_curve` retur
     ax.legend(fontsize='small')
     return ax
 
-# %% ../nbs/12_simulation.ipynb #47a60eb3
+# %% ../nbs/12_simulation.ipynb #a386d3d3
 def net_flux_t(labels: list,    # (T,) cell of each frame, one array a trajectory
                n_cells: int,
                lag: int = 1,    # frames
@@ -701,7 +709,7 @@ def shoot_frame(model: GoModel,
                 break
     return out
 
-# %% ../nbs/12_simulation.ipynb #6088376e
+# %% ../nbs/12_simulation.ipynb #40c8979d
 def next_batch(outcomes: np.ndarray,            # shots of one frame: 1, 0, -1 undecided; -2 not shot yet
                n_shots: int,                    # the first batch
                target_error: float|None = None  # None: the first batch is all
@@ -715,6 +723,7 @@ def next_batch(outcomes: np.ndarray,            # shots of one frame: 1, 0, -1 u
     missing = int(np.ceil(max(q*(1 - q)/target_error**2, 0.5/target_error))) - n # the second: one shot must not be wider than the error
     return max(0, min(missing, shot, len(outcomes) - shot))
 
+# %% ../nbs/12_simulation.ipynb #e1c9d6b8
 def batch_sizes(outcomes: np.ndarray, n_shots: int, target_error: float|None = None) -> list: # of int
     "The batches in which the shots of one frame were made: batch b from `shoot_frame` with `shot_seed(seed, frame, b)`."
     sizes, total = [], int((outcomes > -2).sum())
@@ -724,6 +733,7 @@ def batch_sizes(outcomes: np.ndarray, n_shots: int, target_error: float|None = N
         sizes.append(n)
     return sizes
 
+# %% ../nbs/12_simulation.ipynb #002eb3ff
 def shot_seed(seed: int, frame: int, batch: int = 0) -> int:
     "The seed with which `shoot` calls `shoot_frame`."
     return derived_seed(seed, frame, batch) if batch else derived_seed(seed, frame)
