@@ -585,7 +585,7 @@ def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simu
     partial = out.with_name(out.name + '.part.npz')
     done = shoot(model, _frames(model, files, chosen), shots, seed, partial, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(),
                  steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded, target_error=target_error, max_shots=max_shots)
-    _write_shots(out, partial, chosen, outcomes=done, seed=seed, steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded)
+    _write_shots(out, partial, chosen, outcomes=done, seed=seed, steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded, shots=shots, **({} if target_error is None else dict(target_error=target_error)))
     p, se = committor_estimate(done)
     print(f'{frames} frames, {int((done > -2).sum())} shots -> {out}: committor from {np.nanmin(p):.2f} to {np.nanmax(p):.2f}, typical error {np.nanmean(se):.2f}')
 

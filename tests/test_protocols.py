@@ -72,6 +72,23 @@ def test_what_a_run_says_of_itself(home):
     assert {'foldbook', 'openmm', 'mdtraj', 'numpy', 'python', 'machine'} <= set(made['versions'])
 
 
+def test_shots_until_the_error_is_reached(home):
+    "By foldbook shoot, on what foldbook simulate go wrote; each shot can be made again from the file."
+    assert run(f'go {SHORT["go"]} --workers 1 --out shot', home).returncode == 0
+    line = [FOLDBOOK, 'shoot', 'shot', *'--trajectory 0 --frames 3 --shots 4 --target-error .2 --max-shots 16 --steps-per-frame 60 --unfolded .3 --folded .9 --workers 1'.split()]
+    done = subprocess.run(line, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(home/'shot'/'shooting.npz') as z: outcomes, frame, shots, error = z['outcomes'], z['frame'], int(z['shots']), float(z['target_error'])
+    assert outcomes.shape == (3, 16) and (outcomes[:, :4] > -2).all()
+    p, se = simulation.committor_estimate(outcomes)
+    assert ((se <= .2) | (outcomes > -2).all(axis=1)).all()
+    model = simulation.GoModel.load(home/'shot'/'model.json')
+    x = md.load_frame(str(home/'shot'/'helix-0.xtc'), int(frame[1]), top=model.native).xyz[0]
+    sizes = simulation.batch_sizes(outcomes[1], shots, error)
+    again = [simulation.shoot_frame(model, x, simulation.shot_seed(0, 1, b), n, steps_per_frame=60, unfolded=.3, folded=.9) for b, n in enumerate(sizes)]
+    assert (np.concatenate(again) == outcomes[1][outcomes[1] > -2]).all()
+
+
 def atoms(home, keep=lambda l: True, change=lambda l: l):
     return '\n'.join(change(l) for l in (home/'helix.pdb').read_text().splitlines() if keep(l)) + '\n'
 
