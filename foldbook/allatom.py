@@ -210,7 +210,6 @@ def run_atomic(model: AtomicModel,         # as `prepared` returns it
                progress: bool = True) -> list: # of Path
     "Trajectories of one molecule, a random stream each; resumable like `simulate`."
     directory, top = Path(directory), model.native
-    if progress: print(f'{model.name}: {model.force_field}, {model.solvent}, platform {model.choice.platform} ({model.choice.why})', flush=True)
     chosen = None if atoms == 'all' else top.topology.select(_known(ATOMS, atoms, 'choice of atoms'))
     if chosen is not None: write_structure(top.atom_slice(chosen), directory/'atoms.pdb')
     jobs = [dict(out=directory/f'{model.name}-{k}{suffix}', n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=k, burn_in=burn_in, atoms=chosen, keep=tuple(keep))

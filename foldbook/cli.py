@@ -447,6 +447,11 @@ def _shipped_molecule(system):
     if system not in known: raise ValueError(f'--system {system}: there are {", ".join(known)}')
     return replace(load_molecule(fetch(known[system], progress=False).directory/'native.pdb'), name=system.split('_')[0])
 
+def _say_platform(molecule, solvent, platform):
+    from foldbook.allatom import choose_platform
+    choice = choose_platform(len(molecule.positions), solvent, platform)
+    print(f'platform {choice.platform}: {choice.why}', flush=True)
+
 def _say_next(files, out):
     print(f'{len(files)} trajectories in {out}: {", ".join(f.name for f in files)}; how they were made: {files[0].name}.json')
 
@@ -478,6 +483,7 @@ def simulate_equilibrium(pdb: _Pdb='',
     from foldbook.allatom import equilibrium
     if full: pdb, chain, atoms = pdb or '4AKE', chain or 'A', 'CA'
     molecule = _molecule(pdb, sequence, system, chain, ph, caps=bool(sequence))
+    _say_platform(molecule, solvent, platform)
     files = equilibrium(molecule, out, n_frames=steps//every, steps_per_frame=every, n_trajectories=trajectories, seed=seed, burn_in=burn_in//every, atoms=atoms, keep=('energy',) + ('forces',)*forces,
                         suffix=f'.{format}', client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(),
                         force_field=force_field, solvent=solvent, temperature=temperature, time_step=time_step/1000, cutoff=cutoff, platform=platform)
@@ -505,6 +511,7 @@ def simulate_peptide(sequence: Annotated[str, typer.Argument(help='One-letter se
     from foldbook.allatom import equilibrium
     molecule = _molecule('', sequence, '', caps=caps, phi_psi='helix' if helix else 'extended')
     if sequence == 'A' and caps: molecule = replace(molecule, name='ala2')
+    _say_platform(molecule, solvent, platform)
     files = equilibrium(molecule, out, n_frames=frames, steps_per_frame=steps_per_frame, n_trajectories=trajectories, seed=seed, burn_in=burn_in, keep=('energy', 'forces'), suffix=f'.{format}',
                         client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(), force_field=force_field, solvent=solvent, temperature=temperature, time_step=time_step/1000, platform=platform)
     _say_next(files, out)
@@ -536,6 +543,7 @@ def simulate_smd(pdb: _Pdb='',
     from foldbook.structures import peptide, prepare
     if full: residues, cutoff = 100, 1.6
     molecule = prepare(pdb) if pdb else replace(peptide('A'*residues, 'helix', caps=False), name=f'ala{residues}')
+    _say_platform(molecule, solvent, platform)
     files = smd(molecule, out, replicas, target, every, still, seed, atoms, f'.{format}', _client(scheduler), workers, sys.stderr.isatty(), force_field=force_field, solvent=solvent,
                 temperature=temperature, time_step=time_step/1000, cutoff=cutoff, spring_constant=spring, speed=speed, platform=platform)
     work = pulls([f.with_suffix('.npz') for f in files])['work'][:, -1]
