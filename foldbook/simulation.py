@@ -391,7 +391,8 @@ def simulate(model: Dynamics,
     with _Bar(out.name, burn_in + n_frames, done, steps_per_frame*model.time_step, progress) as bar:
         while done < burn_in + n_frames:
             n = min(segment, burn_in + n_frames - done)
-            frames, state = run_segment(model, state, n, steps_per_frame, temperature, derived_seed(seed, trajectory, done), bar.update, done*steps_per_frame, 'forces' in keep)
+            try: frames, state = run_segment(model, state, n, steps_per_frame, temperature, derived_seed(seed, trajectory, done), bar.update, done*steps_per_frame, 'forces' in keep)
+            except mm.OpenMMException as e: raise ValueError(f'{out.name}, after frame {done}: {str(e).split("  ")[0]} The integration failed: {model.advice}') from e
             _check_frames(model, frames, f'{out.name}, from frame {done}')
             done += n
             _write_arrays(_segments(out)/f'{done:09d}.npz', **_kept(model, frames, max(0, burn_in - done + n), atoms, keep), **{'state_' + k: v for k, v in state.items()})
