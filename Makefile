@@ -3,13 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 NAME ?= default
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help run test docs lab readme clean
 help:
 	@echo "make run    learn, distil, judge and report on the shipped folding data -> runs/$(NAME)/report.html (ARGS=\"--quick\" for a taste)"
-	@echo "make test   every chapter and every test"
+	@echo "make test   every chapter and every test, $(WORKERS) files at a time (WORKERS=4 on four cores)"
 	@echo "make docs   render the book with Quarto -> _docs/"
 	@echo "make lab    open the chapters in JupyterLab"
 	@echo "make readme five seeds on both proteins; the leaderboards in data/, and README.md with its figure, are written anew"
@@ -37,7 +38,7 @@ readme: .venv/.ready
 
 test: .venv/.ready
 	@echo "Running every chapter and every test"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 docs: .venv/.ready
 	@command -v quarto > /dev/null || { echo "make docs needs Quarto 1.7 or newer: install it from https://quarto.org/docs/get-started or with: $(BIN)/pip install -e '.[docs]'"; exit 1; }

@@ -47,7 +47,7 @@ def mirrored(m):
 def test_atoms_follow_from_composition(sequence, shape, caps):
     m = peptide(sequence, shape, caps)
     heavy, hydrogens = np.sum([ATOMS[s] for s in sequence], axis=0)
-    ends = (5, 7) if caps else (1, 1 if sequence[0] == 'P' else 2)
+    ends = (5, 7) if caps else (1, 2)
     if caps: assert m.topology.getNumResidues() == len(sequence) + 2
     assert count(m) == {'heavy': heavy + ends[0], 'H': hydrogens + ends[1]}
     assert np.isfinite(m.positions).all() and m.positions.dtype == np.float64
