@@ -868,6 +868,7 @@ def plot_ratios(
     ax.plot(np.array(leads)*step, [optimum[l] for l in leads], 'k--', lw=1, label=r'$\sqrt{(1+\rho)/2}$')
     ax.axhline(1, color='grey', lw=0.7)
     ax.set(xscale='log', xlabel='lead / ps', ylabel='RMSD over that of the static forecast')
+    ax.set_ylim(top=min(ax.get_ylim()[1], 1.15)) # what is worse than that needs no picture
     ax.legend(fontsize=8)
     return ax
 
