@@ -133,7 +133,8 @@ def longest_segment(tree):
             if len(at := np.flatnonzero(tree.atoms == r.atoms[name])):
                 top.add_atom(name, md.element.get_by_symbol(tree.elements[at[0]]), new)
                 xyz.append(tree.positions[at[0]])
-    return read_tree(md.Trajectory(np.array(xyz)[None], top))
+    part = read_tree(md.Trajectory(np.array(xyz)[None], top))
+    return part if len(part.segments) == 1 else longest_segment(part)
 
 
 def foldcomp_error(tree):
@@ -154,7 +155,7 @@ def one_structure(path, name, fit_steps):
     tree = read_tree(path)
     xyz = torch.from_numpy(tree.positions)[None]
     error = lambda internals, tree=tree: {k: float(v[0]) for k, v in reconstruction_error(tree, xyz, to_cartesian(tree, internals)).items()}
-    row = dict(name=name, prepared='perses' in str(path), residues=len(tree.residues), segments=len(tree.segments), chains=len(tree.summary.chains), atoms=len(tree))
+    row = dict(name=name, prepared='perses' in str(path) or path.name.startswith('md_'), residues=len(tree.residues), segments=len(tree.segments), chains=len(tree.summary.chains), atoms=len(tree))
     for level in ('all', 'default', 'torsions'): row[level] = error(to_internal(tree, xyz, level))
     row['all float32 largest'] = float((to_cartesian(tree, to_internal(tree, xyz.float(), 'all')) - xyz.float()).norm(dim=-1).max())
     row['fitted default'] = error(fit_torsions(tree, xyz, 'default', fit_steps))
@@ -201,7 +202,7 @@ def accuracy(args):
               row['longest segment'], row.get('foldcomp, file as it is'), flush=True)
         rows.append(row)
     import mdtraj
-    made = dict(command='python benchmarks/tree.py --accuracy data/tree.json' + ' --structures DIR'*bool(args.structures), units='nm', fit_steps=args.fit_steps, torch=torch.__version__, mdtraj=mdtraj.__version__)
+    made = dict(command='python benchmarks/tree.py --accuracy data/tree.json' + ' --structures DIR'*bool(args.structures) + f' --fit-steps {args.fit_steps}', units='nm', torch=torch.__version__, mdtraj=mdtraj.__version__)
     Path(args.accuracy).write_text(json.dumps(dict(made=made, structures=rows), indent=1) + '\n')
 
 

@@ -51,7 +51,7 @@ def comes_back(tree, tolerance=1e-10):
 
 # reading
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sequences, seeds, st.floats(0, 0.4))
 def test_exactly_the_atoms_whose_ancestors_exist_are_placed(sequence, seed, share):
     "Atoms are struck out at random; an oracle that walks up the bonds says which of the rest have all their ancestors."
