@@ -210,7 +210,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--frames', type=int, default=64)
     parser.add_argument('--residues', type=int, default=187)
-    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--threads', type=int, default=1, help='more than one only on an idle machine: threads that wait for a busy core cost more than they bring')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--accuracy', help='json file to write')
     parser.add_argument('--structures', help='folder with more PDB files')

@@ -6,14 +6,14 @@ Docs: https://foldbook.github.io/foldbook/tree.html.md"""
 
 # %% auto #0
 __all__ = ['MAIN_CHAIN', 'SIDE_CHAINS', 'CLOSURES', 'CAP_ATOMS', 'KINDS', 'BREAK_NM', 'TORSIONS', 'ANGLES', 'LEVELS', 'Row',
-           'Branch', 'template', 'plot_template', 'Residue', 'read_residues', 'Tree', 'read_tree', 'Summary',
+           'Branch', 'template', 'plot_template', 'Residue', 'read_residues', 'Summary', 'Tree', 'read_tree',
            'Internals', 'segment_frames', 'to_internal', 'local_transform', 'compose', 'scan', 'to_cartesian',
            'reconstruction_error', 'plot_errors', 'leverage', 'fit_torsions', 'measured_constants', 'closures',
            'validity', 'euler_angles', 'euler_axes', 'paper_mask', 'paper_tokens', 'from_paper_tokens', 'plot_tokens',
            'normalised', 'Layout', 'layout', 'position_angles', 'add_positions', 'Encoding', 'encode', 'decode',
            'origin_spread', 'plot_peers']
 
-# %% ../nbs/30_tree.ipynb #587102ef
+# %% ../nbs/30_tree.ipynb #b7dcf421
 import bz2, gzip, io, lzma, warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,7 @@ from scipy.spatial.transform import Rotation
 from .data import fetch
 from .structures import ALIASES, _mirrored
 
-# %% ../nbs/30_tree.ipynb #b6c4c951
+# %% ../nbs/30_tree.ipynb #0f918005
 class Row(NamedTuple):
     "One line of a structure file: an atom in one place."
     chain: int       # counted from 0 in the order of the file
@@ -50,7 +50,7 @@ class Row(NamedTuple):
     element: str
     xyz: tuple       # nm
 
-# %% ../nbs/30_tree.ipynb #fc29bc4a
+# %% ../nbs/30_tree.ipynb #7ee6388c
 def _pdb_rows(text):
     if not any(line.startswith(('ATOM', 'HETATM')) for line in text.splitlines()): return
     with warnings.catch_warnings():
@@ -63,7 +63,7 @@ def _pdb_rows(text):
                     yield Row(k, chain.chain_id.strip(), f'{residue.number}{residue.insertion_code.strip()}', place.residue_name.strip(), atom.name_with_spaces.strip(), alternate.strip(),
                               place.occupancy, atom.element_symbol, tuple(place.position.value_in_unit(unit.nanometer)))
 
-# %% ../nbs/30_tree.ipynb #564d0f1e
+# %% ../nbs/30_tree.ipynb #0079e35b
 def _cif_rows(text):
     data = []
     PdbxReader(io.StringIO(text)).read(data)
@@ -77,13 +77,13 @@ def _cif_rows(text):
         if model != models[0]: break
         yield Row(place[label], known(chain), number + known(code), residue, atom, known(alternate), float(known(occupancy, 1)), element, (float(x)/10, float(y)/10, float(z)/10))
 
-# %% ../nbs/30_tree.ipynb #a57c6d82
+# %% ../nbs/30_tree.ipynb #aab775d0
 def _trajectory_rows(t):
     for atom, x in zip(t.topology.atoms, t.xyz[0].tolist()):
         r = atom.residue
         yield Row(r.chain.index, (r.chain.chain_id or '').strip(), str(r.resSeq), r.name, atom.name, '', 1.0, atom.element.symbol if atom.element else '', tuple(x))
 
-# %% ../nbs/30_tree.ipynb #e6805ece
+# %% ../nbs/30_tree.ipynb #2cbfa38d
 def _rows(source): # list of `Row`, what it is called
     if isinstance(source, md.Trajectory): return list(_trajectory_rows(source)), 'trajectory'
     if len(str(source)) == 4 and not Path(source).exists(): source = fetch(f'pdb:{source}', progress=False).topology
@@ -98,7 +98,7 @@ def _rows(source): # list of `Row`, what it is called
     if not rows: raise ValueError(f'{path}: has no atoms; give a PDB or mmCIF file with coordinates')
     return rows, path.name
 
-# %% ../nbs/30_tree.ipynb #543a999f
+# %% ../nbs/30_tree.ipynb #6d12f05d
 MAIN_CHAIN = ('N', 'CA', 'C')
 
 def _conformer(rows): # of one residue -> the rows of one conformer, its letter, the other letters
@@ -111,7 +111,7 @@ def _conformer(rows): # of one residue -> the rows of one conformer, its letter,
     best = max(letters, key=worth) # the first of equals
     return [r for r in rows if r.alternate in ('', best)], best, tuple(a for a in letters if a != best)
 
-# %% ../nbs/30_tree.ipynb #01c1b7cd
+# %% ../nbs/30_tree.ipynb #1c6e2c24
 def _residue_rows(rows): # lists of rows, one a residue
     groups, seen = [], set()
     for i, r in enumerate(rows):
@@ -122,7 +122,7 @@ def _residue_rows(rows): # lists of rows, one a residue
         seen.add((r.atom, r.alternate))
     return groups
 
-# %% ../nbs/30_tree.ipynb #663b98fe
+# %% ../nbs/30_tree.ipynb #ee98fde8
 SIDE_CHAINS = {k: (int(n), atoms) for k, n, atoms in (line.split(maxsplit=2) for line in '''
 ALA 0 CB
 ARG 5 CB CG CD NE CZ NH1 NH2<CZ=180
@@ -151,7 +151,7 @@ CLOSURES = dict(HIS=['CE1-NE2'], PHE=['CE2-CZ'], TYR=['CE2-CZ'], TRP=['NE1-CE2',
 CAP_ATOMS = dict(ACE=('CA', 'C'), NME=('N', 'CA'), NH2=('N',)) # of a cap, in the backbone
 KINDS = ('ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL UNK ACE NME NH2').split() # types of a token
 
-# %% ../nbs/30_tree.ipynb #c631ecb5
+# %% ../nbs/30_tree.ipynb #d1f49822
 _LIKE = dict(UNK='ALA', ACE='ALA', NME='ALA', NH2='ALA', NLE='LYS', MSE='MET')
 
 def _bond(kind, *names): # two bonds that meet in the middle atom: nm, rad, nm; X is another residue
@@ -160,12 +160,12 @@ def _bond(kind, *names): # two bonds that meet in the middle atom: nm, rad, nm; 
     first, angle, last = hedra_defaults[forward][0] if forward in hedra_defaults else hedra_defaults[backward][0][::-1]
     return first/10, np.radians(angle), last/10
 
-# %% ../nbs/30_tree.ipynb #6a0514b0
+# %% ../nbs/30_tree.ipynb #57c936a7
 def _beta_offset(kind): # torsion of CB minus that of C about N-CA, from the three angles at CA
     (_, ncb, _), (_, nc, _), (_, ccb, _) = (_bond(kind, *n) for n in (('N', 'CA', 'CB'), ('N', 'CA', 'C'), ('CB', 'CA', 'C')))
     return -np.arccos((np.cos(ccb) - np.cos(ncb)*np.cos(nc))/(np.sin(ncb)*np.sin(nc)))
 
-# %% ../nbs/30_tree.ipynb #59bef5c7
+# %% ../nbs/30_tree.ipynb #d2e18adc
 class Branch(NamedTuple):
     "Where an atom of a residue hangs."
     parent: str
@@ -185,7 +185,7 @@ def template(kind: str) -> dict: # atom -> `Branch`
         before = atom
     return nodes
 
-# %% ../nbs/30_tree.ipynb #bc49efd7
+# %% ../nbs/30_tree.ipynb #d8b942be
 def plot_template(kind: str, ax=None):
     "The atoms of a residue by depth: stored torsions in colour, the bonds that close rings dotted."
     import matplotlib.pyplot as plt
@@ -205,7 +205,7 @@ def plot_template(kind: str, ax=None):
     ax.margins(0.1, 0.2)
     return ax
 
-# %% ../nbs/30_tree.ipynb #efd6b5d6
+# %% ../nbs/30_tree.ipynb #2b2641c4
 @dataclass
 class Residue:
     "A residue as it was read: one conformer, its atoms by the names of its template."
@@ -225,7 +225,7 @@ class Residue:
     @property
     def label(self): return f'{self.name}{self.number}' + f' of chain {self.chain_id}'*bool(self.chain_id)
 
-# %% ../nbs/30_tree.ipynb #697f8191
+# %% ../nbs/30_tree.ipynb #e7fff9c7
 _ENDS = {'OT1': 'O', 'OT2': 'OXT', 'OC1': 'O', 'OC2': 'OXT', 'O1': 'O', 'O2': 'OXT', 'OT': 'O'}
 _RENAMED = dict(ACE={'CH3': 'CA'}, NME={'CH3': 'CA', 'C': 'CA'}, ILE={'CD': 'CD1'}, GLU={'OE': 'OE1'})
 _PARENTS = {k: v for k, v in substitutions.items() if v in SIDE_CHAINS} | ALIASES | {'NMA': 'NME', 'NMET': 'NME'} | {k: k for k in SIDE_CHAINS}
@@ -233,7 +233,7 @@ _PARENTS = {k: v for k, v in substitutions.items() if v in SIDE_CHAINS} | ALIASE
 def _kind(name, names, parents): # template of a residue, None for what is no amino acid
     return parents.get(name) or ('UNK' if set(MAIN_CHAIN) <= names else None)
 
-# %% ../nbs/30_tree.ipynb #2ab4dd9f
+# %% ../nbs/30_tree.ipynb #7b6cb9fd
 def _as_residue(group, parents): # [(place in the file, Row)] of one residue
     rows, letter, others = _conformer([r._replace(chain=(r.chain, i)) for i, r in group]) # each row remembers its place
     first = next((r for r in rows if r.alternate), rows[0])
@@ -248,7 +248,7 @@ def _as_residue(group, parents): # [(place in the file, Row)] of one residue
         else: new.dropped += (r.atom,)
     return new
 
-# %% ../nbs/30_tree.ipynb #e5ac2b72
+# %% ../nbs/30_tree.ipynb #bc6a5e7b
 def read_residues(source, parents: dict|None = None): # names of residues -> templates, over the built-in ones
     "Residues of a file, PDB id or trajectory (all of them, `kind` None for no amino acid), positions `(N, 3)` in nm, and the name of the source."
     rows, name = _rows(source)
@@ -259,7 +259,7 @@ def read_residues(source, parents: dict|None = None): # names of residues -> tem
     for r in residues: r.mirrored = r.kind not in (None, 'GLY') and bool(_mirrored({n: x[i] for n, i in r.atoms.items()}))
     return residues, x, name
 
-# %% ../nbs/30_tree.ipynb #b09098c0
+# %% ../nbs/30_tree.ipynb #17576421
 BREAK_NM = 0.2 # a C-N distance above this is no bond
 
 def _grow(r, start): # backbone atoms of a residue that can follow a bond, or begin a segment
@@ -268,7 +268,7 @@ def _grow(r, start): # backbone atoms of a residue that can follow a bond, or be
     if start and (have < len(wanted) or r.kind in ('NME', 'NH2')): return []
     return list(wanted[:have])
 
-# %% ../nbs/30_tree.ipynb #16597303
+# %% ../nbs/30_tree.ipynb #ad0e3123
 def _segments(residues, x): # lists of (residue, atom name) along the backbone; breaks (residue before, residue after, nm or None)
     segments, breaks, now, last = [], [], [], None
     for i, r in enumerate(residues):
@@ -283,7 +283,7 @@ def _segments(residues, x): # lists of (residue, atom name) along the backbone; 
         last = i
     return [s for s in segments if len(s) > 2], breaks
 
-# %% ../nbs/30_tree.ipynb #b5cbd0fa
+# %% ../nbs/30_tree.ipynb #09290006
 TORSIONS = ('omega', 'phi', 'psi', 'chi1', 'chi2', 'chi3', 'chi4', 'chi5')
 ANGLES = TORSIONS + ('C-N-CA', 'N-CA-C', 'CA-C-N') # the eleven columns of the default level
 _SLOT = {'N': ('psi', 'CA-C-N', -1), 'CA': ('omega', 'C-N-CA', 0), 'C': ('phi', 'N-CA-C', 0)} # torsion, angle, whose they are: the residue before or its own
@@ -297,21 +297,21 @@ class _Node(NamedTuple): # an atom on its way into the tree
     angle: tuple | None = None
     depth: int = 0       # 0 in the backbone
 
-# %% ../nbs/30_tree.ipynb #9deef65f
+# %% ../nbs/30_tree.ipynb #12b51a7f
 def _backbone_nodes(segment, residues):
     for k, (i, atom) in enumerate(segment):
         torsion, angle, before = _SLOT[atom]
         owner = segment[k + before][0]
         yield _Node(i, atom, residues[i].atoms[atom], segment[k-1] if k else None, (owner, torsion) if k > 1 else None, (owner, angle) if k > 1 else None)
 
-# %% ../nbs/30_tree.ipynb #6452235e
+# %% ../nbs/30_tree.ipynb #aa584e23
 def _side_nodes(residues, nodes): # adds to {(residue, atom): node} whatever hangs on what is there
     for i, r in enumerate(residues):
         for atom, (parent, torsion, _) in (template(r.kind) if r.kind else {}).items():
             if atom in r.atoms and (i, parent) in nodes:
                 nodes[i, atom] = _Node(i, atom, r.atoms[atom], (i, parent), torsion and (i, torsion), None, nodes[i, parent].depth + 1)
 
-# %% ../nbs/30_tree.ipynb #57108f5f
+# %% ../nbs/30_tree.ipynb #9dacbf61
 def _hydrogen_nodes(residues, x, nodes): # each hangs on the nearest heavy atom of its residue, and turns with its sisters there
     sisters = {n.parent: n.torsion for n in reversed(list(nodes.values())) if n.parent}
     for i, r in enumerate(residues):
@@ -321,7 +321,40 @@ def _hydrogen_nodes(residues, x, nodes): # each hangs on the nearest heavy atom 
             parent = heavy[int(np.argmin(d))]
             if min(d) < 0.15: nodes[i, f'{name}@{place}'] = _Node(i, name, place, parent, sisters.get(parent), None, nodes[parent].depth + 1)
 
-# %% ../nbs/30_tree.ipynb #154caad4
+# %% ../nbs/30_tree.ipynb #17a68192
+@dataclass(frozen=True)
+class Summary:
+    "What was kept, masked, mapped and split on the way from a file to a tree; `print` it."
+    source: str
+    chains: tuple      # (chain, residues, atoms) kept
+    segments: int
+    alternates: tuple  # (residue, letter kept, letters left out)
+    mapped: tuple      # (residue, residue whose template it follows)
+    unknown: tuple     # residues of which only the backbone and CB are known
+    mirrored: tuple    # D amino acids
+    missing: tuple     # (residue, atoms of its template that are not in the file)
+    unplaced: tuple    # (residue, atoms in the file that hang on nothing)
+    dropped: tuple     # (residue, atoms that its template lacks, or that came twice)
+    breaks: tuple      # (residue before, residue after, C-N distance nm, None if there is no C or N)
+    cis: tuple         # (residue, omega rad) of the bond before it
+    disulfides: tuple  # (residue, residue, S-S distance nm)
+    others: tuple      # (name, how many) of what is no amino acid
+    hydrogens: int     # left out
+
+    def __str__(self): return '\n'.join(_report(self))
+
+# %% ../nbs/30_tree.ipynb #39dd540a
+def _report(s): # lines
+    atoms = lambda pairs: ', '.join(f'{r} ({" ".join(a)})' for r, a in pairs)
+    gap = lambda d: 'C or N missing' if d is None else f'C-N {d:.2f} nm'
+    yield f'{s.source}: ' + ', '.join(f'chain {c or "without a name"} with {n} residues and {a} atoms' for c, n, a in s.chains) + f'; {s.segments} unbroken segments.'
+    lines = {'Alternate locations': [f'{r} {kept} kept, {" ".join(o)} left out' for r, kept, o in s.alternates], 'Mapped': [f'{r} as {k}' for r, k in s.mapped], 'Unknown, only backbone and CB kept': s.unknown,
+             'D amino acids': s.mirrored, 'Missing atoms': [atoms(s.missing)]*bool(s.missing), 'Not placed, nothing to hang on': [atoms(s.unplaced)]*bool(s.unplaced), 'Not in the template': [atoms(s.dropped)]*bool(s.dropped),
+             'Chain breaks': [f'{a} | {b} ({gap(d)})' for a, b, d in s.breaks], 'Cis peptide bonds before': [f'{r} ({np.degrees(o):.0f} degrees)' for r, o in s.cis],
+             'Disulfides': [f'{a} - {b} ({d:.3f} nm)' for a, b, d in s.disulfides], 'No amino acids, left out': [f'{n} {name}' for name, n in s.others], 'Hydrogens left out': [str(s.hydrogens)]*bool(s.hydrogens)}
+    yield from (f'{title}: {", ".join(items)}.' for title, items in lines.items() if items)
+
+# %% ../nbs/30_tree.ipynb #dbf86742
 @dataclass(frozen=True, eq=False)
 class Tree:
     "Which atom hangs on which, which angle turns it, and the constants of the rest."
@@ -365,7 +398,7 @@ class Tree:
         if trajectory.n_atoms <= self.atoms.max(): raise ValueError(f'the trajectory has {trajectory.n_atoms} atoms, the tree of {self.source} was made from more; make the tree from a frame of the trajectory')
         return torch.as_tensor(trajectory.xyz[:, self.atoms], dtype=dtype)
 
-# %% ../nbs/30_tree.ipynb #4cb3c5c6
+# %% ../nbs/30_tree.ipynb #345140f7
 def _topology(tree: Tree) -> md.Topology:
     "Atoms of the tree for mdtraj, one chain a chain of the file, standard bonds."
     top, chains, new = md.Topology(), {}, {}
@@ -383,7 +416,7 @@ def _trajectory(tree: Tree, xyz) -> md.Trajectory: # positions `(F, A, 3)` nm
 
 Tree.topology, Tree.trajectory = property(_topology), _trajectory
 
-# %% ../nbs/30_tree.ipynb #60d902a5
+# %% ../nbs/30_tree.ipynb #fc513c44
 def _as_tree(residues, x, name, nodes, segments):
     order = sorted(nodes, key=lambda k: (k[0], nodes[k].place))
     at = {k: a for a, k in enumerate(order)}
@@ -398,7 +431,7 @@ def _as_tree(residues, x, name, nodes, segments):
                 np.array([at.get(nodes[k].parent, -1) for k in order]), np.array([nodes[k].depth for k in order]), np.array([rank[k] for k in order]), slots('torsion'), slots('angle'),
                 np.array([_ideal(nodes[k], residues, nodes) for k in order]).T, tuple(np.array([at[k] for k in s]) for s in segments))
 
-# %% ../nbs/30_tree.ipynb #428da4c6
+# %% ../nbs/30_tree.ipynb #b8910a92
 def _ideal(node, residues, nodes): # length nm, angle rad, torsion minus that of the table rad; NaN for a hydrogen
     kind, atom = residues[node.residue].kind, node.atom
     if node.parent is None: return 0, np.pi, 0
@@ -412,7 +445,7 @@ def _ideal(node, residues, nodes): # length nm, angle rad, torsion minus that of
     _, angle, length = _bond(kind, grand, parent, atom)
     return length, angle, offset*(-1 if residues[node.residue].mirrored else 1)
 
-# %% ../nbs/30_tree.ipynb #b875050d
+# %% ../nbs/30_tree.ipynb #c79a5c2d
 def read_tree(source,                    # PDB or mmCIF file (.gz and .xz too), PDB id, or a `md.Trajectory`, of which the first frame counts
               hydrogens: bool = False,   # keep those of the input
               parents: dict|None = None  # residue name -> name of the residue whose template it follows, over the built-in ones
@@ -431,40 +464,7 @@ def read_tree(source,                    # PDB or mmCIF file (.gz and .xz too), 
     if hydrogens: tree = tree.measured(only_unknown=True)
     return replace(tree, summary=_summary(tree, residues, x, nodes, breaks, hydrogens))
 
-# %% ../nbs/30_tree.ipynb #25def262
-@dataclass(frozen=True)
-class Summary:
-    "What was kept, masked, mapped and split on the way from a file to a tree; `print` it."
-    source: str
-    chains: tuple      # (chain, residues, atoms) kept
-    segments: int
-    alternates: tuple  # (residue, letter kept, letters left out)
-    mapped: tuple      # (residue, residue whose template it follows)
-    unknown: tuple     # residues of which only the backbone and CB are known
-    mirrored: tuple    # D amino acids
-    missing: tuple     # (residue, atoms of its template that are not in the file)
-    unplaced: tuple    # (residue, atoms in the file that hang on nothing)
-    dropped: tuple     # (residue, atoms that its template lacks, or that came twice)
-    breaks: tuple      # (residue before, residue after, C-N distance nm, None if there is no C or N)
-    cis: tuple         # (residue, omega rad) of the bond before it
-    disulfides: tuple  # (residue, residue, S-S distance nm)
-    others: tuple      # (name, how many) of what is no amino acid
-    hydrogens: int     # left out
-
-    def __str__(self): return '\n'.join(_report(self))
-
-# %% ../nbs/30_tree.ipynb #c53400f6
-def _report(s): # lines
-    atoms = lambda pairs: ', '.join(f'{r} ({" ".join(a)})' for r, a in pairs)
-    gap = lambda d: 'C or N missing' if d is None else f'C-N {d:.2f} nm'
-    yield f'{s.source}: ' + ', '.join(f'chain {c or "without a name"} with {n} residues and {a} atoms' for c, n, a in s.chains) + f'; {s.segments} unbroken segments.'
-    lines = {'Alternate locations': [f'{r} {kept} kept, {" ".join(o)} left out' for r, kept, o in s.alternates], 'Mapped': [f'{r} as {k}' for r, k in s.mapped], 'Unknown, only backbone and CB kept': s.unknown,
-             'D amino acids': s.mirrored, 'Missing atoms': [atoms(s.missing)]*bool(s.missing), 'Not placed, nothing to hang on': [atoms(s.unplaced)]*bool(s.unplaced), 'Not in the template': [atoms(s.dropped)]*bool(s.dropped),
-             'Chain breaks': [f'{a} | {b} ({gap(d)})' for a, b, d in s.breaks], 'Cis peptide bonds before': [f'{r} ({np.degrees(o):.0f} degrees)' for r, o in s.cis],
-             'Disulfides': [f'{a} - {b} ({d:.3f} nm)' for a, b, d in s.disulfides], 'No amino acids, left out': [f'{n} {name}' for name, n in s.others], 'Hydrogens left out': [str(s.hydrogens)]*bool(s.hydrogens)}
-    yield from (f'{title}: {", ".join(items)}.' for title, items in lines.items() if items)
-
-# %% ../nbs/30_tree.ipynb #516ce511
+# %% ../nbs/30_tree.ipynb #2a9d146a
 def _summary(tree, residues, x, nodes, breaks, hydrogens):
     inside, kept = Counter(tree.residue.tolist()), {id(r): i for i, r in enumerate(tree.residues)}
     label = lambda i: residues[i].label
@@ -480,7 +480,7 @@ def _summary(tree, residues, x, nodes, breaks, hydrogens):
         _cis(tree), tuple((tree.residues[tree.residue[a]].label, tree.residues[tree.residue[b]].label, d) for a, b, d in _disulfides(tree)),
         tuple(sorted(Counter(r.name for r in residues if not r.kind).items())), 0 if hydrogens else sum(len(r.hydrogens) for _, r in every))
 
-# %% ../nbs/30_tree.ipynb #6eab1dff
+# %% ../nbs/30_tree.ipynb #5ac37d8c
 def _cis(tree): # (residue, omega) of peptide bonds that are not trans
     alpha = np.array([a for s in tree.segments for a in s[3:] if tree.torsion[a] % len(ANGLES) == 0], int) # those that an omega turns
     if not len(alpha): return ()
@@ -493,7 +493,7 @@ def _disulfides(tree): # pairs of atoms, nm
     if len(sulfur) < 2: return []
     return [(int(sulfur[i]), int(sulfur[j]), float(np.linalg.norm(tree.positions[sulfur[i]] - tree.positions[sulfur[j]]))) for i, j in sorted(cKDTree(tree.positions[sulfur]).query_pairs(0.25))]
 
-# %% ../nbs/30_tree.ipynb #3aa4afe8
+# %% ../nbs/30_tree.ipynb #7e47bd40
 def _check_whole(source, residues, x, breaks): # a chain that a periodic box has cut
     if not isinstance(source, md.Trajectory) or source.unitcell_vectors is None: return
     box = source.unitcell_vectors[0].astype(float)
@@ -502,11 +502,11 @@ def _check_whole(source, residues, x, breaks): # a chain that a periodic box has
         d = (x[residues[j].atoms['N']] - x[residues[i].atoms['C']]) @ np.linalg.inv(box)
         if np.linalg.norm((d - np.round(d)) @ box) < BREAK_NM: raise ValueError(f'trajectory: the box cuts the chain between {residues[i].label} and {residues[j].label}; make molecules whole first, with trajectory.image_molecules()')
 
-# %% ../nbs/30_tree.ipynb #4db951fb
+# %% ../nbs/30_tree.ipynb #e4c3dcad
 def _pdb_line(i, atom, residue, number, xyz_angstrom, letter=' ', occupancy=1.0, chain=' ', code=' '): # one ATOM record
     return f'ATOM  {i:5d} {atom:^4}{letter}{residue:>3} {chain}{number:4d}{code}   {xyz_angstrom[0]:8.3f}{xyz_angstrom[1]:8.3f}{xyz_angstrom[2]:8.3f}{occupancy:6.2f}  0.00           {atom[0]}'
 
-# %% ../nbs/30_tree.ipynb #4ed00189
+# %% ../nbs/30_tree.ipynb #6afeeffb
 def _norm(v): return v.square().sum(0).clamp_min(1e-30).sqrt() # its gradient at zero is zero
 
 def _lengths(a, b): return _norm(b - a)
@@ -520,7 +520,7 @@ def _torsions(a, b, c, d): # about b-c, IUPAC: positive clockwise, 0 for cis
     m, n = torch.linalg.cross(u, v, dim=0), torch.linalg.cross(v, w, dim=0)
     return torch.atan2((u*n).sum(0)*_norm(v), (m*n).sum(0))
 
-# %% ../nbs/30_tree.ipynb #22400314
+# %% ../nbs/30_tree.ipynb #46594e4d
 class Internals(NamedTuple):
     "Frames of the segments and what is stored inside of them, for F frames."
     level: str            # 'all', 'default' or 'torsions'
@@ -528,7 +528,7 @@ class Internals(NamedTuple):
     axes: torch.Tensor    # (F, S, 3, 3), columns x, y, z: x to the second atom, the third in the plane of x and y
     values: torch.Tensor  # (F, A, 3) length, angle, torsion of each atom; or (F, R, 11) or (F, R, 8), as `ANGLES` names the columns
 
-# %% ../nbs/30_tree.ipynb #81255afb
+# %% ../nbs/30_tree.ipynb #b7300b64
 class _Index: # of one tree on one device: who is whose ancestor, and who defines an angle
     def __init__(self, tree, device):
         A, S, R = len(tree), len(tree.segments), len(tree.residues)
@@ -544,7 +544,7 @@ class _Index: # of one tree on one device: who is whose ancestor, and who define
         self.mask = torch.as_tensor(tree.mask, device=device)
         self.constants = torch.as_tensor(tree.constants, device=device)
 
-# %% ../nbs/30_tree.ipynb #d09ab4e9
+# %% ../nbs/30_tree.ipynb #d28b7a86
 def _ancestors(tree): # parent, grandparent, great-grandparent; beyond the atoms two points a segment that its frame fixes
     A, S = len(tree), len(tree.segments)
     parent = np.r_[tree.parent, np.full(2*S, -1)]
@@ -556,19 +556,19 @@ def _ancestors(tree): # parent, grandparent, great-grandparent; beyond the atoms
         great[children] = A + 2*s + 1
     return parent[:A], grand[:A], great[:A]
 
-# %% ../nbs/30_tree.ipynb #97963e91
+# %% ../nbs/30_tree.ipynb #bb27625d
 def _leaders(slots, rank, as_tensor): # columns in use and the first atom of each by rank
     order = np.argsort(rank)
     used, first = np.unique(slots[order], return_index=True)
     return as_tensor(used[used >= 0]), as_tensor(order[first[used >= 0]])
 
-# %% ../nbs/30_tree.ipynb #d5437549
+# %% ../nbs/30_tree.ipynb #94fb3810
 def _index(tree: Tree, device, kind=_Index): # made once
     cache = tree.__dict__.setdefault('_indices', {})
     if (kind, str(device)) not in cache: cache[kind, str(device)] = kind(tree, device)
     return cache[kind, str(device)]
 
-# %% ../nbs/30_tree.ipynb #8aad165b
+# %% ../nbs/30_tree.ipynb #673a9c4f
 def segment_frames(x) -> tuple: # (3, 3, S, F): coordinate, atom, segment, frame -> origins (3, S, F), axes (3, 3, S, F)
     "Right-handed axes on three atoms: x along the first bond, y towards the third atom, z normal to both."
     origin, u, v = x[:, 0], x[:, 1] - x[:, 0], x[:, 2] - x[:, 1]
@@ -577,7 +577,7 @@ def segment_frames(x) -> tuple: # (3, 3, S, F): coordinate, atom, segment, frame
     v = v/_norm(v)
     return origin, torch.stack([u, v, torch.linalg.cross(u, v, dim=0)], 1)
 
-# %% ../nbs/30_tree.ipynb #9f3569c4
+# %% ../nbs/30_tree.ipynb #835e380c
 def _float(x): # as a float tensor; numpy too
     x = torch.as_tensor(x)
     return x if x.is_floating_point() else x.double()
@@ -588,7 +588,7 @@ def _extended(tree, k, xyz): # (F, A, 3) -> (3, A + 2S, F) float64 with the poin
     behind = origin - axes[:, 0]
     return torch.cat([x, torch.stack([behind, behind + axes[:, 1]], 2).flatten(1, 2)], 1).contiguous(), origin, axes
 
-# %% ../nbs/30_tree.ipynb #6a513608
+# %% ../nbs/30_tree.ipynb #02912c29
 LEVELS = dict(all=3, default=len(ANGLES), torsions=len(TORSIONS)) # columns of `Internals.values`
 
 def to_internal(tree: Tree,
@@ -604,7 +604,7 @@ def to_internal(tree: Tree,
     values = _measure_all(k, x) if level == 'all' else _measure_table(k, x)[..., :LEVELS[level]]
     return Internals(level, *(v.to(xyz.dtype).contiguous() for v in (origin.permute(2, 1, 0), axes.permute(3, 2, 0, 1), values)))
 
-# %% ../nbs/30_tree.ipynb #85103611
+# %% ../nbs/30_tree.ipynb #05c55c0c
 def _measure_all(k, x): # (3, A + 2S, F) -> (F, A, 3)
     A = k.quads.shape[1]
     at = lambda row, atoms: x[:, k.quads[row, atoms]]
@@ -614,7 +614,7 @@ def _measure_all(k, x): # (3, A + 2S, F) -> (F, A, 3)
     torsion = zero.index_copy(0, k.turned, _torsions(*(at(r, k.turned) for r in range(4))))
     return torch.stack([length, angle, torsion], 2).permute(1, 0, 2)
 
-# %% ../nbs/30_tree.ipynb #328e7cbd
+# %% ../nbs/30_tree.ipynb #40c96446
 def _measure_table(k, x): # (3, A + 2S, F) -> (F, R, 11)
     (torsions, t), (angles, a) = k.leaders['torsion'], k.leaders['angle']
     at = lambda row, atoms: x[:, k.quads[row, atoms]]
@@ -625,21 +625,21 @@ def _measure_table(k, x): # (3, A + 2S, F) -> (F, R, 11)
 
 def _wrapped(angle): return torch.remainder(angle + torch.pi, 2*torch.pi) - torch.pi
 
-# %% ../nbs/30_tree.ipynb #31cdceb2
+# %% ../nbs/30_tree.ipynb #f7c8b05c
 def local_transform(length, angle, torsion) -> torch.Tensor: # (3, 4, ...), nm
     "Rotation and shift from the frame of an atom to that of its child."
     ca, sa, ct, st = angle.cos(), angle.sin(), torsion.cos(), torsion.sin()
     x = torch.stack([-ca, sa*ct, sa*st])
     return torch.stack([x, torch.stack([-sa, -ca*ct, -ca*st]), torch.stack([torch.zeros_like(ca), -st, ct]), length*x], 1)
 
-# %% ../nbs/30_tree.ipynb #3453f36b
+# %% ../nbs/30_tree.ipynb #ef691f73
 def compose(a, b): # (3, 4, ...)
     "Rigid transform `b` in the frame that `a` leads to."
     out = a[:, 0, None]*b[0]
     for j in (1, 2): out = torch.addcmul(out, a[:, j, None], b[j].expand_as(out))
     return torch.cat([out[:, :3], (out[:, 3] + a[:, 3])[:, None]], 1)
 
-# %% ../nbs/30_tree.ipynb #fe4db7e3
+# %% ../nbs/30_tree.ipynb #6a1dbf30
 def scan(m,        # (3, 4, N, F) transforms
          fresh=()  # for each round the (N,) flags of those that begin anew, as `_fresh` makes them
          ) -> torch.Tensor: # (3, 4, N, F)
@@ -654,7 +654,7 @@ def scan(m,        # (3, 4, N, F) transforms
     out[:, :, 0], out[:, :, 1::2], out[:, :, 2::2] = m[:, :, 0], odd, even
     return out
 
-# %% ../nbs/30_tree.ipynb #be0b754f
+# %% ../nbs/30_tree.ipynb #f9d768ce
 def _identity(m): return torch.eye(3, 4, dtype=m.dtype, device=m.device)[:, :, None, None]
 
 def _fresh(starts, device): # flags of each round of a scan
@@ -665,7 +665,7 @@ def _fresh(starts, device): # flags of each round of a scan
         starts = starts[0:2*pairs:2] | starts[1::2]
     return tuple(rounds)
 
-# %% ../nbs/30_tree.ipynb #c00b1665
+# %% ../nbs/30_tree.ipynb #40b954d2
 class _Order: # in which atoms are placed: the backbone, then blocks of atoms with children by depth, then the leaves
     def __init__(self, tree, device):
         as_tensor = lambda v: torch.as_tensor(np.array(v, dtype=np.int64), device=device)
@@ -689,7 +689,7 @@ class _Order: # in which atoms are placed: the backbone, then blocks of atoms wi
         self.starts = self.backbone.new_tensor(np.flatnonzero(starts))
         self.fresh = _fresh(starts, self.backbone.device)
 
-# %% ../nbs/30_tree.ipynb #337875cb
+# %% ../nbs/30_tree.ipynb #a676db09
 def to_cartesian(tree: Tree, internals: Internals,
                  precision: torch.dtype = torch.float64 # in which transforms are multiplied
                  ) -> torch.Tensor: # (F, A, 3) nm, in the precision of the internals
@@ -704,12 +704,12 @@ def to_cartesian(tree: Tree, internals: Internals,
     ends = _ends(holders[:, :, k.holders], length[k.leaves], angle[k.leaves], torsion[k.leaves])
     return torch.cat([holders[:, 3], ends], 1)[:, k.back].permute(2, 1, 0).to(internals.values.dtype)
 
-# %% ../nbs/30_tree.ipynb #22d325e6
+# %% ../nbs/30_tree.ipynb #15dd5645
 def _ends(m, length, angle, torsion): # positions of atoms without children
     v = [-length*angle.cos(), (across := length*angle.sin())*torsion.cos(), across*torsion.sin()]
     return m[:, 3] + m[:, 0]*v[0] + m[:, 1]*v[1] + m[:, 2]*v[2]
 
-# %% ../nbs/30_tree.ipynb #fb10fb4e
+# %% ../nbs/30_tree.ipynb #d14d9069
 def _expand(tree, k, internals, precision): # length, angle, torsion (A, F) of every atom
     v = internals.values.to(precision)
     wanted = len(tree) if internals.level == 'all' else len(tree.residues)
@@ -726,7 +726,7 @@ def _expand(tree, k, internals, precision): # length, angle, torsion (A, F) of e
     straight = angle.new_zeros(angle.shape[0], 1).index_fill(0, second, 1) > 0 # the second atom of a segment lies on the x axis
     return length, torch.where(straight, torch.pi, angle), torch.where(straight, 0.0, torsion)
 
-# %% ../nbs/30_tree.ipynb #143b9bd8
+# %% ../nbs/30_tree.ipynb #38b821fc
 def reconstruction_error(tree: Tree, xyz, rebuilt # (F, A, 3) nm
                          ) -> dict: # nm: backbone, heavy, each (F,)
     "RMSD over all chains after one superposition of the whole complex."
@@ -741,7 +741,7 @@ def _rmsd(a, b):
         turn, _ = Rotation.align_vectors(a, b)
     return np.sqrt(((a - turn.apply(b))**2).sum(1).mean())
 
-# %% ../nbs/30_tree.ipynb #dd4a92d1
+# %% ../nbs/30_tree.ipynb #d9b98267
 def plot_errors(tree: Tree, levels=('default', 'torsions'), ax=None):
     "Distance of each residue's CA between a structure and its rebuilt positions, laid on the first residue."
     import matplotlib.pyplot as plt
@@ -754,7 +754,7 @@ def plot_errors(tree: Tree, levels=('default', 'torsions'), ax=None):
     ax.legend()
     return ax
 
-# %% ../nbs/30_tree.ipynb #3e140a78
+# %% ../nbs/30_tree.ipynb #5815d0b3
 def leverage(tree: Tree,
              sigma: float,   # rad, of independent noise on each stored angle
              n: int = 16,    # samples
@@ -766,7 +766,7 @@ def leverage(tree: Tree,
     moved, still = (to_cartesian(tree, start._replace(values=v)) for v in (start.values + noise*torch.as_tensor(tree.mask), start.values))
     return float(reconstruction_error(tree, still, moved)['backbone'].mean())
 
-# %% ../nbs/30_tree.ipynb #5d130281
+# %% ../nbs/30_tree.ipynb #ce599fcf
 def _turn(axes, w): # (..., 3, 3) turned by rotation vectors (..., 3) about their own axes
     half = w/2 # Cayley: a turn by 2 atan(|w|/2)
     x, y, z = half.unbind(-1)
@@ -774,7 +774,7 @@ def _turn(axes, w): # (..., 3, 3) turned by rotation vectors (..., 3) about thei
     k = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))
     return axes @ (torch.eye(3, dtype=w.dtype, device=w.device) + 2*(k + k @ k)/(1 + half.square().sum(-1))[..., None, None])
 
-# %% ../nbs/30_tree.ipynb #6816509c
+# %% ../nbs/30_tree.ipynb #954ed3c3
 def fit_torsions(tree: Tree, xyz,           # (F, A, 3) nm
                  level: str = 'torsions',   # or 'default'
                  steps: int = 100,          # rounds of L-BFGS, at most
@@ -801,7 +801,7 @@ def fit_torsions(tree: Tree, xyz,           # (F, A, 3) nm
     optimiser.step(loss)
     with torch.no_grad(): return rebuilt(scales)[0]
 
-# %% ../nbs/30_tree.ipynb #068509f0
+# %% ../nbs/30_tree.ipynb #6b0486d1
 def _scales(y, x, probes=16): # steps of each variable that move the atoms by one unit in all, estimated with random signs
     rng, total = torch.Generator().manual_seed(0), [torch.zeros_like(v) for v in x]
     for k in range(probes):
@@ -809,7 +809,7 @@ def _scales(y, x, probes=16): # steps of each variable that move the atoms by on
         for t, g in zip(total, torch.autograd.grad(y, x, signs, retain_graph=True)): t += g.square()/probes
     return [(t + 1e-4).rsqrt() for t in total]
 
-# %% ../nbs/30_tree.ipynb #7352ec38
+# %% ../nbs/30_tree.ipynb #134d1be8
 def measured_constants(tree: Tree, xyz) -> np.ndarray: # (3, A) nm, rad, rad
     "Mean length, angle and torsion offset of every atom over some frames `(F, A, 3)`."
     k = _index(tree, 'cpu')
@@ -820,7 +820,7 @@ def measured_constants(tree: Tree, xyz) -> np.ndarray: # (3, A) nm, rad, rad
     offset = torsion - table[k.slots['torsion']]
     return torch.stack([length.mean(1), angle.mean(1), torch.atan2(offset.sin().mean(1), offset.cos().mean(1))]).numpy()
 
-# %% ../nbs/30_tree.ipynb #bab3d6e1
+# %% ../nbs/30_tree.ipynb #41ed18c3
 def _measured(tree: Tree, xyz=None, # (F, A, 3) nm; default the positions that were read
               only_unknown: bool = False # keep those of the table where it has them
               ) -> Tree:
@@ -830,7 +830,7 @@ def _measured(tree: Tree, xyz=None, # (F, A, 3) nm; default the positions that w
 
 Tree.measured = _measured
 
-# %% ../nbs/30_tree.ipynb #e0d24672
+# %% ../nbs/30_tree.ipynb #aefb27ae
 def closures(tree: Tree) -> list: # (kind, label, atom, atom)
     "Bonds that the tree does not hold: disulfides and the bond that closes each ring."
     at = {(r, n): a for a, (r, n) in enumerate(zip(tree.residue.tolist(), tree.names))}
@@ -841,7 +841,7 @@ def closures(tree: Tree) -> list: # (kind, label, atom, atom)
             if (i, a) in at and (i, b) in at: found.append(('ring', f'{r.label} {a}-{b}', at[i, a], at[i, b]))
     return found
 
-# %% ../nbs/30_tree.ipynb #c07887dc
+# %% ../nbs/30_tree.ipynb #e2ecca48
 def validity(tree: Tree, xyz  # (F, A, 3) nm
              ) -> pd.DataFrame: # lengths nm
     "Lengths of the bonds outside of the tree: as read, their mean over the frames, and the one farthest from what was read."
@@ -852,13 +852,13 @@ def validity(tree: Tree, xyz  # (F, A, 3) nm
         rows.append((kind, label, read, found.mean(), found[np.argmax(abs(found - read))]))
     return pd.DataFrame(rows, columns=['kind', 'bond', 'read', 'mean', 'worst'])
 
-# %% ../nbs/30_tree.ipynb #60fab93d
+# %% ../nbs/30_tree.ipynb #72c9a362
 def _check_width(tree, width):
     chains = len(tree.segments)
     if 3*chains > width: raise ValueError(f'width: {chains} segments need 3 x {chains} = {3*chains} columns and L is {width}; give width={3*chains} or more')
     if width < len(ANGLES): raise ValueError(f'width: a residue stores up to {len(ANGLES)} angles and L is {width}; give width={len(ANGLES)} or more')
 
-# %% ../nbs/30_tree.ipynb #cfedd3e3
+# %% ../nbs/30_tree.ipynb #4d5a598c
 def euler_angles(axes: torch.Tensor # (..., 3, 3)
                  ) -> torch.Tensor: # (..., 3) rad
     "Angles a, b, c with axes = Rz(a) Ry(b) Rx(c); where b is 90 degrees only one of a and c is defined, and a is 0."
@@ -868,7 +868,7 @@ def euler_angles(axes: torch.Tensor # (..., 3, 3)
     c = torch.where(locked, torch.atan2(-axes[..., 1, 2], axes[..., 1, 1]), torch.atan2(axes[..., 2, 1], axes[..., 2, 2]))
     return torch.stack([a, b, c], -1)
 
-# %% ../nbs/30_tree.ipynb #e3f013f5
+# %% ../nbs/30_tree.ipynb #4ed4a9a3
 def euler_axes(angles: torch.Tensor # (..., 3) rad
                ) -> torch.Tensor: # (..., 3, 3)
     "The inverse of `euler_angles`."
@@ -876,7 +876,7 @@ def euler_axes(angles: torch.Tensor # (..., 3) rad
     rows = [ca*cb, ca*sb*sc - sa*cc, ca*sb*cc + sa*sc], [sa*cb, sa*sb*sc + ca*cc, sa*sb*cc - ca*sc], [-sb, cb*sc, cb*cc]
     return torch.stack([torch.stack(r, -1) for r in rows], -2)
 
-# %% ../nbs/30_tree.ipynb #2582c48b
+# %% ../nbs/30_tree.ipynb #8b8e3399
 def paper_mask(tree: Tree, width: int = 20 # L
                ) -> torch.Tensor: # (2 + R, 2L) of bool
     "True where the token matrix of the paper has an entry."
@@ -886,7 +886,7 @@ def paper_mask(tree: Tree, width: int = 20 # L
     half[2:, :len(ANGLES)] = torch.as_tensor(tree.mask)
     return half.repeat(1, 2)
 
-# %% ../nbs/30_tree.ipynb #7b8c4ef9
+# %% ../nbs/30_tree.ipynb #96298dd1
 def paper_tokens(tree: Tree,
                  internals: Internals, # of the default level
                  width: int = 20,      # L, columns of cosines and of sines
@@ -902,7 +902,7 @@ def paper_tokens(tree: Tree,
     rest = torch.stack([angles.cos(), angles.sin()], 3)
     return (torch.cat([first, rest], 1)*mask[..., None]).transpose(2, 3).flatten(2)
 
-# %% ../nbs/30_tree.ipynb #fe7b85ce
+# %% ../nbs/30_tree.ipynb #4edfc4b3
 def from_paper_tokens(tree: Tree, tokens: torch.Tensor, # (F, 2 + R, 2L)
                       reach: float = 10.0               # nm
                       ) -> Internals:
@@ -913,7 +913,7 @@ def from_paper_tokens(tree: Tree, tokens: torch.Tensor, # (F, 2 + R, 2L)
     mask = torch.as_tensor(tree.mask, device=tokens.device)
     return Internals('default', (cos[:, 0, :3*S]*reach).unflatten(1, (S, 3)), euler_axes(angles[:, 0, :3*S].unflatten(1, (S, 3))), torch.where(mask, angles[:, 1:, :len(ANGLES)], 0.0))
 
-# %% ../nbs/30_tree.ipynb #4adf6d34
+# %% ../nbs/30_tree.ipynb #99463a2d
 def plot_tokens(tokens, # (2 + R, 2L), one frame
                 ax=None):
     "The token matrix as a picture; padding is white."
@@ -926,7 +926,7 @@ def plot_tokens(tokens, # (2 + R, 2L), one frame
     ax.set(xlabel='column', ylabel='row')
     return ax
 
-# %% ../nbs/30_tree.ipynb #0c39b018
+# %% ../nbs/30_tree.ipynb #a5e963dc
 def normalised(tokens: torch.Tensor, # (F, 2 + R, 2L)
                mask: torch.Tensor,   # as `paper_mask` makes it
                eps: float = 1e-12
@@ -938,7 +938,7 @@ def normalised(tokens: torch.Tensor, # (F, 2 + R, 2L)
     cos, sin = cos/size, sin/size
     return torch.cat([cos, torch.cat([sin[:, :1].abs(), sin[:, 1:]], 1)], 2)
 
-# %% ../nbs/30_tree.ipynb #f60a9479
+# %% ../nbs/30_tree.ipynb #1d1a5016
 class Layout(NamedTuple):
     "What does not change in time: the data for embeddings, rotary attention and masks."
     types: torch.Tensor     # (R,) of 0..23, `KINDS`
@@ -953,7 +953,7 @@ def layout(tree: Tree) -> Layout:
     kinds = [KINDS.index({'MSE': 'MET', 'NLE': 'MET'}.get(r.kind, r.kind)) for r in tree.residues]
     return Layout(torch.tensor(kinds), torch.tensor(segment), torch.tensor(np.arange(len(segment)) - start[segment]), torch.tensor(tree.mask))
 
-# %% ../nbs/30_tree.ipynb #47213ae3
+# %% ../nbs/30_tree.ipynb #2eeb610c
 def position_angles(tree: Tree, width: int = 20,
                     base: float = 500.0, # f of Eq. 7
                     longest: int = 1000  # N_max, more than the residues of any segment
@@ -966,7 +966,7 @@ def position_angles(tree: Tree, width: int = 20,
     exponent = torch.arange(width)*(kind[:, None]/100 + 1)/width
     return number[:, None]/base**exponent
 
-# %% ../nbs/30_tree.ipynb #850589a4
+# %% ../nbs/30_tree.ipynb #e04d96dc
 def add_positions(tokens: torch.Tensor, # (F, 2 + R, 2L)
                   angles: torch.Tensor  # (2 + R, L); negative ones take them off again
                   ) -> torch.Tensor:
@@ -975,7 +975,7 @@ def add_positions(tokens: torch.Tensor, # (F, 2 + R, 2L)
     c, s = angles.cos().to(tokens), angles.sin().to(tokens)
     return torch.cat([cos*c - sin*s, cos*s + sin*c], 2)
 
-# %% ../nbs/30_tree.ipynb #933d80a9
+# %% ../nbs/30_tree.ipynb #81c38a77
 class Encoding(NamedTuple):
     "Tokens of the default encoding."
     frames: torch.Tensor   # (F, S, 9) two axes and the origin; of the first segment in space, of the others seen from the first
@@ -991,13 +991,13 @@ def encode(tree: Tree, internals: Internals, # of the default level
     angles = internals.values
     return Encoding(torch.cat([axes[..., 0], axes[..., 1], origins/spread], 2), torch.cat([angles.cos()*mask, angles.sin()*mask], 2))
 
-# %% ../nbs/30_tree.ipynb #d5834455
+# %% ../nbs/30_tree.ipynb #4af4216d
 def _from_first(internals): # origins and axes of the others in the frame of the first segment
     first, o = internals.axes[:, :1], internals.origins
     seen = ((o[:, 1:] - o[:, :1])[..., None, :] @ first).squeeze(-2)
     return torch.cat([o[:, :1], seen], 1), torch.cat([first, first.mT @ internals.axes[:, 1:]], 1)
 
-# %% ../nbs/30_tree.ipynb #ac8cc763
+# %% ../nbs/30_tree.ipynb #9f99d4ac
 def decode(tree: Tree, encoding: Encoding, spread: float = 1.0 # nm
            ) -> Internals:
     "The inverse of `encode`, for any numbers: the two axes are made orthonormal, pairs are read by their angle."
@@ -1012,14 +1012,14 @@ def decode(tree: Tree, encoding: Encoding, spread: float = 1.0 # nm
     angles = torch.where(mask, torch.atan2(pairs[..., len(ANGLES):], pairs[..., :len(ANGLES)]), 0.0)
     return Internals('default', torch.cat([o[:, :1], placed], 1), torch.cat([first, first @ axes[:, 1:]], 1), angles)
 
-# %% ../nbs/30_tree.ipynb #930dd9ba
+# %% ../nbs/30_tree.ipynb #7c35810a
 def origin_spread(internals: Internals) -> float: # nm
     "How far the other segments move, seen from the first; 1 nm for a single segment or a single frame."
     seen = _from_first(internals)[0][:, 1:]
     moved = float((seen - seen.mean(0)).square().sum(-1).mean().sqrt()) if seen.numel() else 0.0
     return moved if moved > 1e-3 else 1.0
 
-# %% ../nbs/30_tree.ipynb #d0344c74
+# %% ../nbs/30_tree.ipynb #8cdc8151
 def plot_peers(structures, # of data/tree.json
                ax=None):
     "Heavy-atom RMSD of the longest segment of each structure, ours against foldcomp's."
