@@ -19,8 +19,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .data import writing
-
 # %% ../nbs/40_committor.ipynb #b022381e
 def as_ensemble(
     x, # one array, or a list with one array per trajectory
@@ -634,6 +632,7 @@ def _replay(model, features, states):
 # %% ../nbs/40_committor.ipynb #4f0c8a17
 def replacing(path, write):
     "`writing` as a function: make the directory, call `write(temporary path)`, move the file into place, and return its path."
+    from foldbook.data import writing # here, so that the committor of arrays needs no trajectory library
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as temporary: write(temporary)
