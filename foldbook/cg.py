@@ -11,7 +11,7 @@ __all__ = ['TABLES', 'SAME', 'SELECTIONS', 'TINY', 'VOLUMES', 'RANGES', 'FITS', 
            'harmonic', 'fourier', 'inverse_sixth', 'coordinates', 'fit_term', 'fit_prior', 'plot_inversions',
            'read_prior', 'write_prior', 'check_frames', 'prior_forces', 'unit_slope', 'Radial', 'Interaction', 'SchNet',
            'pairs_within', 'Potential', 'TorchMDNet', 'LossParts', 'split_loss', 'MatchOptions', 'Stack', 'stack',
-           'mean_square', 'mean_loss', 'ForceMatching', 'match', 'model_forces', 'loss_table']
+           'mean_square', 'mean_loss', 'ForceMatching', 'match', 'model_forces', 'loss_table', 'noised']
 
 # %% ../nbs/50_cg_potentials.ipynb #c50a0004
 import hashlib, json, math, time
@@ -401,9 +401,9 @@ def check_frames(d: ForceData,
 
 def _check_unit(d, prior):
     slope = unit_slope(d, prior)
-    if 1/3 < slope < 3: return
-    unit = min(UNITS, key=lambda u: abs(math.log(max(abs(slope), 1e-9)*UNITS[u])))
-    raise ValueError(f'forces are {slope:.3g} times what the prior needs to explain their variance: they seem to be in {unit}; multiply them by {UNITS[unit]:g} to have kJ/mol/nm')
+    unit = min(UNITS, key=lambda u: abs(math.log(max(slope, 1e-9)*UNITS[u])))
+    if slope < 1/3 and 0.5 < slope*UNITS[unit] < 2:
+        raise ValueError(f'forces are {slope:.3g} times what the prior needs to explain their variance: they seem to be in {unit}; multiply them by {UNITS[unit]:g} to have kJ/mol/nm')
 
 # %% ../nbs/50_cg_potentials.ipynb #c50d0002
 def prior_forces(d: ForceData,
@@ -717,3 +717,15 @@ def loss_table(d: ForceData,       # frames not used in training
     loss |= {name: float(((model_forces(p, d) - d.forces.astype(float))**2).mean()) for name, p in potentials.items()}
     if floor is not None: loss['noise floor'] = floor
     return pd.DataFrame(dict(loss=loss)).assign(share=lambda t: t.loss/t.loss['zero force'])
+
+# %% ../nbs/50_cg_potentials.ipynb #c50f0013
+def noised(d: ForceData,
+           sigma: float,               # nm
+           temperature: float,         # K
+           weight: float|None = None,  # of the score; None: the mix of least variance
+           seed: int = 0) -> ForceData:
+    "Displaced frames, and unbiased forces of the smoothed density."
+    epsilon = np.random.default_rng(seed).standard_normal(d.xyz.shape)
+    gap = -BOLTZMANN*temperature*epsilon/sigma - d.forces
+    if weight is None: weight = -(d.forces*gap).sum()/(gap**2).sum()
+    return replace(d, xyz=(d.xyz + sigma*epsilon).astype(np.float32), forces=(d.forces + weight*gap).astype(np.float32))
