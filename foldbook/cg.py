@@ -52,6 +52,7 @@ def bead_types(names: list, # of beads
         if SAME.get(n, n) not in table: raise ValueError(f'bead {k} is {n!r}, which the table lacks; it has {", ".join(table)}: rename it, or make a table with table_of')
     return np.array([table[SAME.get(n, n)] for n in names])
 
+# %% ../nbs/50_cg_potentials.ipynb #c50b0001a
 def table_of(*chains) -> dict: # name -> 1, 2, ...
     "A table for the names of some chains, in alphabetical order; 0 is kept for padding."
     return {n: k for k, n in enumerate(sorted({SAME.get(n, n) for names in chains for n in names}), 1)}
@@ -91,6 +92,7 @@ class Mapping:
         "Positions of the beads and the forces on them."
         return ForceData(self.names, *(np.einsum('Ni,tik->tNk', m, np.asarray(v, np.float32)).astype(np.float32) for m, v in ((self.positions, xyz), (self.forces, forces))))
 
+# %% ../nbs/50_cg_potentials.ipynb #c50b0009a
 @dataclass(frozen=True, eq=False)
 class ForceData:
     "Frames of one chain of beads: what force matching learns from."
@@ -130,6 +132,7 @@ class Prior:
     damping: float = 0.                            # delta
     separation: int = 2                            # beads so far apart along the chain repel
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0001a
 @dataclass(frozen=True, eq=False)
 class System:
     "Chains of beads as tensors, one or several, padded to the longest: what an energy needs beside positions."
@@ -153,6 +156,7 @@ def _entry(table, key, default):
     if (found := table.get(key, table.get('*', default))) is None: raise ValueError(f'the prior has no bond {"-".join(key)} and no entry \'*\'; fit it on data that hold this pair')
     return found
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0002a
 def _entries(names, table, span, default, *shape): # (1, terms, *shape)
     n = max(len(names) - span + 1, 0)
     return torch.tensor([_entry(table, tuple(names[k:k+span]), default) for k in range(n)], dtype=torch.float64).reshape(1, n, *shape).float()
@@ -172,6 +176,7 @@ def chain_system(names: list,        # of N beads
     return System(types, types > 0, _entries(names, prior.bonds, 2, None, 2), _entries(names, prior.angles, 3, (0., 0.), 2),
                   torch.stack([k*phase.cos(), k*phase.sin()], -1), k.sum((1, 2)), (4*torch.tensor(eps)).sqrt()[None].float(), prior.damping, prior.separation)
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0003a
 def join(systems: list # of `System`, from one prior
          ) -> System:
     "Different chains in one batch, padded to the longest."
@@ -195,6 +200,7 @@ def chain_geometry(x: torch.Tensor, # (B, N, 3) nm
     re, im = (n[:, :-1]*n[:, 1:]).sum(-1)/(r3*r[:, 1:-1]), (b[:, :-2]*n[:, 1:]).sum(-1)/r3
     return r, theta, re, im
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0005a
 def prior_terms(x: torch.Tensor, # (B, N, 3) nm
                 s: System        # of one row or B
                 ) -> dict:       # name -> (B,) kJ/mol
@@ -216,6 +222,7 @@ def prior_terms(x: torch.Tensor, # (B, N, 3) nm
 # %% ../nbs/50_cg_potentials.ipynb #c50c0006
 def prior_energy(x, s): return sum(prior_terms(x, s).values()) # (B, N, 3) nm, System -> (B,) kJ/mol
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0006a
 def energy_and_forces(energy,          # positions (B, N, 3) -> energies (B,)
                       x: torch.Tensor, # (B, N, 3) nm
                       create_graph: bool = False # keep the graph, to train on the forces
@@ -238,6 +245,7 @@ class Inversion(NamedTuple):
     curve: np.ndarray       # kJ/mol, at the centres
     parameters: tuple       # as in `Prior`
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0012a
 VOLUMES = dict(bonds=lambda a, b: b**3 - a**3, repulsion=lambda a, b: b**3 - a**3, angles=lambda a, b: np.cos(a) - np.cos(b), dihedrals=lambda a, b: b - a)
 
 def invert(term: str,          # a key of `VOLUMES`
@@ -257,6 +265,7 @@ def harmonic(x, F, n):
     k, b, _ = np.polyfit(x, F, 2, w=np.sqrt(n))
     return (k, -b/(2*k)), k*(x + b/(2*k))**2
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0013a
 def fourier(x, F, n, waves=2):
     "k and phase of each wave of k [1 + cos(n x - phase)]."
     w, m = np.sqrt(n)[:, None], np.arange(1, waves + 1)
@@ -266,6 +275,7 @@ def fourier(x, F, n, waves=2):
     k, phase = np.hypot(a, b), np.arctan2(b, a)
     return tuple(zip(k.tolist(), phase.tolist())), (k*(1 + np.cos(x[:, None]*m - phase))).sum(1)
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0013b
 def inverse_sixth(x, F, n):
     "epsilon of 4 epsilon / x^6 + c."
     a, _ = np.polyfit(4*x**-6., F, 1, w=np.sqrt(n))
@@ -309,6 +319,7 @@ def fit_term(chains: list,         # of `ForceData`
     if not (fits := [f for f in fits if f]): raise ValueError(f'{term}: no bead has {minimum} samples with a minimum between {span}; give more frames, another range, or leave the term out')
     return fits
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0017a
 def _one_fit(term, key, values, kT, span, minimum, options): # None where the sample is small, or repels where it should attract
     if span is not None: values = values[(values >= span[0]) & (values <= span[1])]
     if len(values) < max(minimum, 1): return None
@@ -365,6 +376,7 @@ def read_prior(path: str|Path # YAML in the layout of torchmd-protein-thermodyna
                      {_NAME[k]: v['epsilon']*(v['sigma']*ANGSTROM)**6*4.184 for k, v in d['lj'].items()}, dihedrals=waves)
     except (KeyError, TypeError, AttributeError) as e: raise ValueError(f'{path}: {e} is missing or unknown; compare with a file of the authors') from e
 
+# %% ../nbs/50_cg_potentials.ipynb #c50c0024a
 def write_prior(prior: Prior,
                 path: str|Path): # YAML
     "Write a C-alpha prior in that layout; ValueError if it holds what the layout has no place for."
@@ -399,6 +411,7 @@ def check_frames(d: ForceData,
     if prior is not None: _check_unit(d, prior)
     return d
 
+# %% ../nbs/50_cg_potentials.ipynb #c50d0001a
 def _check_unit(d, prior):
     slope = unit_slope(d, prior)
     unit = min(UNITS, key=lambda u: abs(math.log(max(slope, 1e-9)*UNITS[u])))
@@ -414,6 +427,7 @@ def prior_forces(d: ForceData,
     s = chain_system(d.names, prior, table_of(d.names))
     return np.concatenate([energy_and_forces(lambda x: prior_energy(x, s), torch.as_tensor(d.xyz[k:k + batch]))[1].numpy() for k in range(0, len(d), batch)])
 
+# %% ../nbs/50_cg_potentials.ipynb #c50d0002a
 def unit_slope(d: ForceData,
                prior: Prior):
     "Forces projected on those of the prior: near 1 for right units."
@@ -436,6 +450,7 @@ class Radial(nn.Module):
         inside = (d > self.lower) & (d < self.upper)
         return e, (0.5 - 0.5*torch.cos(2*math.pi*(d - self.lower)/(self.upper - self.lower)))[:, None]*inside[:, None]
 
+# %% ../nbs/50_cg_potentials.ipynb #c50e0001a
 class Interaction(nn.Module):
     "One round of messages: continuous-filter convolution, two dense layers."
     def __init__(self, width, n_radial):
@@ -466,6 +481,7 @@ class SchNet(nn.Module):
         for layer in self.interactions: h = h + layer(h, *radial, i, j)
         return self.scale*(self.head(h).view(B, N)*mask).sum(1)
 
+# %% ../nbs/50_cg_potentials.ipynb #c50e0002a
 def pairs_within(x: torch.Tensor,    # (B, N, 3) nm
                  mask: torch.Tensor, # (B, N)
                  lower: float, upper: float # nm
@@ -515,6 +531,7 @@ def _save(p, directory):
     if p.network is not None: replacing(directory/'potential.safetensors', lambda f: save_file({k: v.contiguous() for k, v in p.network.state_dict().items()}, str(f)))
     replacing(directory/'potential.json', lambda f: f.write_text(json.dumps(card)))
 
+# %% ../nbs/50_cg_potentials.ipynb #c50e0007a
 def _load(directory):
     path = Path(directory)/'potential.json'
     if not path.exists(): raise FileNotFoundError(f'{path}: no potential was saved here')
@@ -545,6 +562,7 @@ class LossParts(NamedTuple):
     noise: float # the floor
     mixed: float # zero in the mean over frames
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0001a
 def split_loss(predicted: np.ndarray, # (T, N, 3) kJ/mol/nm
                mean: np.ndarray,      # (T, N, 3) mean force at the same positions
                forces: np.ndarray     # (T, N, 3) instantaneous forces
@@ -573,6 +591,7 @@ class MatchOptions:
         for name in ('batch_size', 'max_epochs', 'devices'):
             if getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}; it must be at least 1')
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0004a
 class Stack(NamedTuple):
     "Frames of one or many chains, padded, with the forces that are left to learn."
     xyz: torch.Tensor   # (M, N, 3) nm
@@ -593,6 +612,7 @@ def stack(potential: Potential,
     which = torch.repeat_interleave(torch.arange(len(chains)), torch.tensor([len(d) for d in chains]))
     return Stack(torch.cat([wide(d.xyz) for d in chains]), torch.cat([wide(rest(d)) for d in chains]), which, potential.system(*(d.names for d in chains)))
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0005a
 def mean_square(network: nn.Module,
                 s: Stack,
                 rows: torch.Tensor, # of the stack
@@ -606,6 +626,7 @@ def mean_square(network: nn.Module,
     _, f = energy_and_forces(lambda x: network(types, x, mask), x, create_graph)
     return ((f - y)**2*mask[..., None]).sum()/(3*mask.sum())
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0005b
 def mean_loss(network, s, batch=1024):
     "The same over a whole stack, in batches."
     parts = [(len(r), float(mean_square(network, s, r))) for r in torch.arange(len(s)).split(batch)]
@@ -642,6 +663,7 @@ class ForceMatching(pl.LightningModule):
 # %% ../nbs/50_cg_potentials.ipynb #c50f0007
 def _to(s, device): return Stack(*(v.to(device) for v in s))
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0007a
 def _end_of_epoch(m):
     "Judge the averaged weights, keep the best, lower the rate, say when to stop."
     if hasattr(m, 'kept_plateau'): m.schedule.load_state_dict(m.__dict__.pop('kept_plateau'))
@@ -655,6 +677,7 @@ def _end_of_epoch(m):
     if book['finished']: m.trainer.should_stop = True
     if m.advance: m.advance(book['history'][-1])
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0007b
 def _log_book(checkpoint, digest):
     if checkpoint is None or not checkpoint.exists(): return None
     book = torch.load(checkpoint, map_location='cpu', weights_only=True)['log_book']
@@ -685,6 +708,7 @@ def match(potential: Potential,      # its network is trained in place
     potential.history, potential.seconds = book['history'], book['seconds']
     return potential
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0008a
 def _fit(net, sets, o, digest, checkpoint, book, bar):
     def advance(row):
         bar.update()
@@ -708,6 +732,7 @@ def model_forces(potential: Potential,
     s = potential.system(d.names)
     return np.concatenate([potential.forces(torch.as_tensor(d.xyz[k:k + batch]), s)[1].numpy() for k in range(0, len(d), batch)])
 
+# %% ../nbs/50_cg_potentials.ipynb #c50f0009a
 def loss_table(d: ForceData,       # frames not used in training
                potentials: dict,   # name -> `Potential`
                floor: float|None = None # noise per component, where it is known
