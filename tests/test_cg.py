@@ -427,8 +427,7 @@ def test_noised_frames_keep_the_force_of_the_smoothed_density(weight):
 
 
 def test_torchmdnet_behind_the_same_call():
-    pytest.importorskip('torchmdnet')
-    from torchmdnet.models.model import create_model
+    create_model = pytest.importorskip('torchmdnet.models.model').create_model # an optional program
     args = dict(model='graph-network', embedding_dimension=16, num_layers=2, num_rbf=8, rbf_type='expnorm', trainable_rbf=True, activation='tanh', neighbor_embedding=False, cutoff_lower=3.0, cutoff_upper=12.0,
                 max_z=25, max_num_neighbors=64, aggr='add', derivative=False, atom_filter=-1, prior_model=None, output_model='Scalar', reduce_op='sum', precision=32, equivariance_invariance_group='O(3)',
                 box_vecs=None, check_errors=True, static_shapes=False, vector_cutoff=False)
