@@ -22,7 +22,8 @@ import openmm as mm
 import openmm.app as app
 import pandas as pd
 
-from .simulation import Dynamics, simulate_all, writing
+from .data import writing
+from .simulation import Dynamics, simulate_all
 from .structures import Molecule, load_molecule
 
 # %% ../nbs/15_allatom.ipynb #x15d

@@ -1,4 +1,4 @@
-"""`foldbook run` is the whole analysis; `foldbook zq` judges a coordinate made by any other program; `foldbook simulate`, `shoot`, `features` and `data` are the steps.
+"""`foldbook run` is the whole analysis; `foldbook zq` judges a coordinate made by any other program; `foldbook simulate`, `shoot`, `features` and `data` are the steps, and `foldbook forecast` asks where the atoms will be.
 
 Docs: https://foldbook.github.io/foldbook/command_line.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://foldbook.github.io/foldbook/command_line.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'simulate_app', 'read_series', 'zq', 'run', 'data_list', 'data_info', 'data_fetch', 'simulate_go',
            'simulate_scan', 'simulate_equilibrium', 'simulate_peptide', 'simulate_smd', 'simulate_benchmark', 'shoot',
-           'features']
+           'forecast', 'features']
 
 # %% ../nbs/61_command_line.ipynb #dcd33cf6
 import sys
@@ -41,8 +41,8 @@ def _spread(args, names):
     return out
 
 class _Lists(TyperCommand):
-    "A command whose --traj and --states take several values."
-    def parse_args(self, ctx, args): return super().parse_args(ctx, _spread(args, ('--traj', '--states')))
+    "A command whose --traj, --states, --lead and --model take several values."
+    def parse_args(self, ctx, args): return super().parse_args(ctx, _spread(args, ('--traj', '--states', '--lead', '--model')))
 
 # %% ../nbs/61_command_line.ipynb #47581c71
 def _expand(patterns) -> list:
@@ -455,6 +455,16 @@ def _say_platform(molecule, solvent, platform):
 def _say_next(files, out):
     print(f'{len(files)} trajectories in {out}: {", ".join(f.name for f in files)}; how they were made: {files[0].name}.json')
 
+# %% ../nbs/61_command_line.ipynb #c61a0005a
+_ForceField = Annotated[str, typer.Option(help='ff14SBonlysc, ff14SB, ff19SB, ff99SB-ILDN, ff15ipq, fb15 or charmm36.')]
+_Solvent = Annotated[str, typer.Option(help='gbn2, gbn, obc2 (compiled, fast), obc2-custom, obc1, hct or vacuum.')]
+_TimeStep = Annotated[float, typer.Option(help='Femtoseconds; up to 1 all bonds move, above 2 hydrogens weigh 3 amu.')]
+_Cutoff = Annotated[Optional[float], typer.Option(help='Of the pair interactions, nm; default none.')]
+_AtomsWritten = Annotated[str, typer.Option(help='Atoms written: all, heavy or CA.')]
+_Format = Annotated[str, typer.Option(help='xtc, dcd or h5.')]
+_Platform = Annotated[str, typer.Option(help='Reference, CPU, CUDA or OpenCL.')]
+_Temperature = Annotated[float, typer.Option(help='Kelvin.')]
+
 # %% ../nbs/61_command_line.ipynb #c61a0005
 @simulate_app.command('equilibrium', epilog='''Examples: [bold]foldbook simulate equilibrium --system cln025 --out cln025[/bold] is the forecasting study's protocol.
 [bold]foldbook simulate equilibrium --pdb 1L2Y --solvent obc2 --time-step 4 --steps 500000 --every 250 --out trpcage[/bold] is fast.''')
@@ -466,17 +476,17 @@ def simulate_equilibrium(pdb: _Pdb='',
                          every: Annotated[int, typer.Option(min=1, help='Steps between frames.')]=10,
                          burn_in: Annotated[int, typer.Option(help='Steps discarded at the beginning.')]=5000,
                          trajectories: Annotated[int, typer.Option(min=1, help='Independent trajectories.')]=1,
-                         force_field: Annotated[str, typer.Option(help='ff14SBonlysc, ff14SB, ff19SB, ff99SB-ILDN, ff15ipq, fb15 or charmm36.')]='ff14SBonlysc',
-                         solvent: Annotated[str, typer.Option(help='gbn2, gbn, obc2 (compiled, fast), obc2-custom, obc1, hct or vacuum.')]='gbn2',
-                         temperature: Annotated[float, typer.Option(help='Kelvin.')]=310.,
-                         time_step: Annotated[float, typer.Option(help='Femtoseconds; up to 1 all bonds move, above 2 hydrogens weigh 3 amu.')]=1.,
-                         cutoff: Annotated[Optional[float], typer.Option(help='Of the pair interactions, nm; default none.')]=None,
-                         atoms: Annotated[str, typer.Option(help='Atoms written: all, heavy or CA.')]='all',
+                         force_field: _ForceField='ff14SBonlysc',
+                         solvent: _Solvent='gbn2',
+                         temperature: _Temperature=310.,
+                         time_step: _TimeStep=1.,
+                         cutoff: _Cutoff=None,
+                         atoms: _AtomsWritten='all',
                          forces: Annotated[bool, typer.Option('--forces', help='Keep the forces of all atoms.')]=False,
-                         format: Annotated[str, typer.Option(help='xtc, dcd or h5.')]='h5',
+                         format: _Format='h5',
                          chain: Annotated[Optional[str], typer.Option(help='Chains of the structure, such as A or A,B; default the first.')]=None,
                          ph: Annotated[float, typer.Option(help='Decides on protons.')]=7.,
-                         platform: Annotated[str, typer.Option(help='Reference, CPU, CUDA or OpenCL.')]='auto',
+                         platform: _Platform='auto',
                          full: Annotated[bool, typer.Option('--full', help="The forecasting study's own molecule: adenylate kinase (PDB 4AKE, chain A; the file with --pdb, or by network).")]=False,
                          seed: _Seed=1, workers: _Workers=None, scheduler: _Scheduler=''):
     "Run a molecule at rest in implicit solvent."
@@ -499,12 +509,12 @@ def simulate_peptide(sequence: Annotated[str, typer.Argument(help='One-letter se
                      caps: Annotated[bool, typer.Option(help='Acetyl and methylamide ends.')]=True,
                      helix: Annotated[bool, typer.Option('--helix', help='Start as a helix; else extended.')]=False,
                      burn_in: Annotated[int, typer.Option(help='Frames discarded at the beginning of each.')]=100,
-                     force_field: Annotated[str, typer.Option(help='As for foldbook simulate equilibrium.')]='ff14SB',
-                     solvent: Annotated[str, typer.Option(help='As for foldbook simulate equilibrium.')]='obc2',
-                     temperature: Annotated[float, typer.Option(help='Kelvin.')]=300.,
-                     time_step: Annotated[float, typer.Option(help='Femtoseconds.')]=4.,
-                     format: Annotated[str, typer.Option(help='xtc, dcd or h5.')]='h5',
-                     platform: Annotated[str, typer.Option(help='Reference, CPU, CUDA or OpenCL.')]='auto',
+                     force_field: _ForceField='ff14SB',
+                     solvent: _Solvent='obc2',
+                     temperature: _Temperature=300.,
+                     time_step: _TimeStep=4.,
+                     format: _Format='h5',
+                     platform: _Platform='auto',
                      seed: _Seed=1, workers: _Workers=None, scheduler: _Scheduler=''):
     "Run a peptide and keep its forces, for coarse-grained models and kinetics."
     from dataclasses import replace
@@ -527,14 +537,14 @@ def simulate_smd(pdb: _Pdb='',
                  target: Annotated[Optional[float], typer.Option(help='Where the trap ends, nm; default 0.36 a residue.')]=None,
                  every: Annotated[int, typer.Option(min=1, help='Steps between frames.')]=25,
                  still: Annotated[int, typer.Option(help='Frames before the trap moves, not written.')]=200,
-                 force_field: Annotated[str, typer.Option(help='As for foldbook simulate equilibrium.')]='ff14SB',
-                 solvent: Annotated[str, typer.Option(help='As for foldbook simulate equilibrium.')]='obc2',
-                 temperature: Annotated[float, typer.Option(help='Kelvin.')]=310.,
-                 time_step: Annotated[float, typer.Option(help='Femtoseconds.')]=2.,
-                 cutoff: Annotated[Optional[float], typer.Option(help='Of the pair interactions, nm; default none.')]=None,
-                 atoms: Annotated[str, typer.Option(help='Atoms written: all, heavy or CA.')]='heavy',
-                 format: Annotated[str, typer.Option(help='xtc, dcd or h5.')]='h5',
-                 platform: Annotated[str, typer.Option(help='Reference, CPU, CUDA or OpenCL.')]='auto',
+                 force_field: _ForceField='ff14SB',
+                 solvent: _Solvent='obc2',
+                 temperature: _Temperature=310.,
+                 time_step: _TimeStep=2.,
+                 cutoff: _Cutoff=None,
+                 atoms: _AtomsWritten='heavy',
+                 format: _Format='h5',
+                 platform: _Platform='auto',
                  full: Annotated[bool, typer.Option('--full', help='100 alanines, cutoff 1.6 nm.')]=False,
                  seed: _Seed=1, workers: _Workers=None, scheduler: _Scheduler=''):
     "Pull the last C-alpha away from the first at constant speed."
@@ -627,6 +637,35 @@ def _write_shots(out, partial, chosen, **arrays):
     from foldbook.committor import replacing
     replacing(out, lambda p: np.savez_compressed(p, trajectory=chosen[:, 0], frame=chosen[:, 1], **arrays))
     partial.unlink(missing_ok=True)
+
+# %% ../nbs/61_command_line.ipynb #f0c20b
+@app.command(cls=_Lists, epilog='''Examples: [bold]foldbook forecast[/bold] is chignolin at rest, by an LSTM.
+[bold]foldbook forecast --traj a.xtc b.xtc c.xtc --top native.pdb --lead 1 5 15 60 120 --history 5 --model lstm transformer --out forecast[/bold] judges on c.xtc.''')
+def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; of three or more the last is the test and the one before decides when to stop.')]=None,
+             top: Annotated[str, typer.Option('--top', help='Structure that names the atoms.')]='',
+             data: Annotated[str, typer.Option(help='A data set of the book, when there is no --traj: cln025_implicit, cln025_implicit_10fs, ala_smd, ...')]='cln025_implicit',
+             lead: Annotated[Optional[list[int]], typer.Option(min=1, help='Frames ahead; several. Default 1 5 15 60 120.')]=None,
+             history: Annotated[int, typer.Option(min=1, help='Frames that a forecast reads.')]=5,
+             model: Annotated[Optional[list[str]], typer.Option(help='lstm, gru, ffn, transformer, stacked, lstm_alone, lstm_coordinate, lstm_structure, var, arima, ..., or all; static, mean, shrink and ar are always there.')]=None,
+             atoms: Annotated[str, typer.Option(help='ca, carbon, heavy or all.')]='ca',
+             stride: Annotated[int, typer.Option(min=1, help='Keep every n-th frame.')]=1,
+             align: Annotated[bool, typer.Option(help='Superpose on the mean structure of the training part.')]=True,
+             periodic: Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]=False,
+             out: _Out=Path('runs/forecast/default'), seed: _Seed=0, workers: _Workers=None, scheduler: _Scheduler=''):
+    "Forecast the motion of atoms, and say how much better than nothing it is."
+    from foldbook import forecast as fc
+    from foldbook.data import fetch
+    if bool(traj) != bool(top): raise ValueError('--traj and --top go together: the trajectories and a structure with the same atoms')
+    files, names = (_expand(traj), top) if traj else ((d := fetch(data, progress=sys.stderr.isatty())).trajectories, d.topology)
+    series, step = fc.read_positions(files, names, atoms, stride, periodic, sys.stderr.isatty())
+    models = tuple(fc.FORECASTERS) if model and 'all' in model else ('mean', 'shrink', 'ar', *(model or ['lstm']))
+    options = {m: dict(seed=seed) for m in models if m in fc.NETWORKS}
+    result = fc.compare(series, tuple(dict.fromkeys(lead or fc.LEADS)), models, history, align, options, out, _client(scheduler), workers, sys.stderr.isatty())
+    table = fc.write_report(result, out, step)
+    print(f'{len(series)} trajectories, {series[0].shape[1]} atoms, {step:g} ps a frame; RMSD over that of the static forecast, with bootstrap error:')
+    print(fc.show_table(table).to_string())
+    print('one-frame optimum:', ', '.join(f'lead {l} {v:.3f}' for l, v in result.optimum.items()))
+    print(f'{out}/forecast.csv, ratios.png, errors.png, and the forecasters in lead-*/')
 
 # %% ../nbs/61_command_line.ipynb #7612f643
 @app.command(cls=_Lists, epilog='Example: [bold]foldbook features --traj a.xtc b.xtc --top native.pdb --set "default + phi + psi" --out features[/bold]')

@@ -12,7 +12,7 @@ __all__ = ['MARTINGALE', 'LEAST_SQUARES', 'STATIONARY', 'METHODS', 'as_ensemble'
            'outcome_log_loss', 'held_out', 'plot_watch']
 
 # %% ../nbs/40_committor.ipynb #126f94f7
-import ast, difflib, hashlib, json, operator, os
+import ast, difflib, hashlib, json, operator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -631,14 +631,11 @@ def _replay(model, features, states):
 
 # %% ../nbs/40_committor.ipynb #4f0c8a17
 def replacing(path, write):
-    "Call `write(temporary path)`, then move the file into place in one step; nothing is left behind if writing fails."
+    "`writing` as a function: make the directory, call `write(temporary path)`, move the file into place, and return its path."
+    from foldbook.data import writing # here, so that the committor of arrays needs no trajectory library
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{os.getpid()}-{path.name}')
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    with writing(path) as temporary: write(temporary)
     return path
 
 # %% ../nbs/40_committor.ipynb #790f1c0f

@@ -12,7 +12,7 @@ __all__ = ['TARGETS', 'LOSSES', 'ARCHITECTURES', 'PLACES', 'window_ends', 'stopp
            'plot_training']
 
 # %% ../nbs/42_distillation.ipynb #22be06e8
-import contextlib, hashlib, json, logging, time, warnings
+import hashlib, json, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .committor import as_ensemble, boundaries, check_states, clamp, count_transitions, outcomes, replacing
+from .forecast import quiet
 from .zq import cut_profiles, error_budget, profile, scores
 
 # %% ../nbs/42_distillation.ipynb #63360c8e
@@ -506,21 +507,6 @@ def recalibration(
     value = knots + np.r_[0, np.linalg.solve(A - D, -b), 0]
     return knots, np.r_[0, isotonic_regression(value[1:-1], sample_weight=np.abs(np.diag(A)), y_min=0, y_max=1), 1]
 
-# %% ../nbs/42_distillation.ipynb #409b8d6c
-@contextlib.contextmanager
-def _quiet(threads):
-    "Lightning without its banners, a fixed number of threads, and the global random state put back afterwards."
-    loggers = [logging.getLogger(n) for n in ('lightning.pytorch', 'lightning.fabric', 'lightning.pytorch.utilities.rank_zero')]
-    levels, n = [l.level for l in loggers], torch.get_num_threads()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter('ignore')
-        for l in loggers: l.setLevel(logging.ERROR)
-        if threads: torch.set_num_threads(threads)
-        try: yield
-        finally:
-            torch.set_num_threads(n)
-            for l, level in zip(loggers, levels): l.setLevel(level)
-
 # %% ../nbs/42_distillation.ipynb #a731b2ae
 def _digest(options, *parts):
     "Fingerprint of a configuration and its data, so that a checkpoint is never continued with others."
@@ -701,7 +687,7 @@ class _Answers:
         if not self.networks: raise ValueError('this student has not been trained; call fit or load first')
         X = as_ensemble(features, np.float32, 'features')
         if any(x.ndim != 2 or x.shape[1] != len(self.mean) for x in X): raise ValueError(f'this student reads {len(self.mean)} features a frame; found {X[0].shape[1:]}')
-        with _quiet(self.threads):
+        with quiet(self.threads):
             windows = self._windows(X)
             return [np.stack(m) for m in zip(*(predict(n, windows) for n in self.networks))]
 
@@ -729,7 +715,7 @@ class Student(StudentOptions, _Answers, _Stored):
         self.mean, self.mix = directions(X, S, self.components, self.keep)
         self.pace = _pace(X, self.mix) if self.differences else None
         held_out = validation and (self._windows(validation[0]), validation[1])
-        with _quiet(self.threads), tqdm(total=self.members * self.max_epochs, disable=not progress, desc=f'{self.architecture}, {self.loss}') as bar:
+        with quiet(self.threads), tqdm(total=self.members * self.max_epochs, disable=not progress, desc=f'{self.architecture}, {self.loss}') as bar:
             books = [_train(self, m, self._windows(X), S, teacher, held_out, directory, digest, bar) for m in range(self.members)]
             self.networks, self.bend = [_restored(self._network, b['best']) for b in books], None
             if self.lstd:

@@ -6,16 +6,15 @@ Docs: https://foldbook.github.io/foldbook/simulation.html.md"""
 
 # %% auto #0
 __all__ = ['TIME_STEP', 'FRICTION', 'BOLTZMANN', 'WRITERS', 'protein_chain', 'native_contacts', 'internal_coordinates',
-           'local_forces', 'pair_forces', 'cooperative_force', 'writing', 'Dynamics', 'GoModel', 'go_model_from_pdb',
-           'go_system', 'shipped_model', 'energies', 'derived_seed', 'run_segment', 'extended', 'simulate', 'versions',
-           'workers', 'ensemble', 'simulate_all', 'native_fraction', 'contact_distances', 'passage_times',
-           'transitions', 'plot_contacts', 'plot_q', 'free_energy', 'plot_free_energy', 'folding_temperature',
-           'two_states', 'folding_curve', 'plot_folding_curve', 'net_flux_t', 'shoot_frame', 'next_batch',
-           'batch_sizes', 'shot_seed', 'shoot', 'committor_estimate', 'choose_frames', 'shoot_ensemble',
-           'shipped_shots', 'plot_shooting']
+           'local_forces', 'pair_forces', 'cooperative_force', 'Dynamics', 'GoModel', 'go_model_from_pdb', 'go_system',
+           'shipped_model', 'energies', 'derived_seed', 'run_segment', 'extended', 'simulate', 'versions', 'workers',
+           'ensemble', 'simulate_all', 'native_fraction', 'contact_distances', 'passage_times', 'transitions',
+           'plot_contacts', 'plot_q', 'free_energy', 'plot_free_energy', 'folding_temperature', 'two_states',
+           'folding_curve', 'plot_folding_curve', 'net_flux_t', 'shoot_frame', 'next_batch', 'batch_sizes', 'shot_seed',
+           'shoot', 'committor_estimate', 'choose_frames', 'shoot_ensemble', 'shipped_shots', 'plot_shooting']
 
 # %% ../nbs/12_simulation.ipynb #44201e96
-import errno, hashlib, json, os, platform, shutil, tempfile, time, warnings
+import hashlib, json, os, platform, shutil, tempfile, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
@@ -27,7 +26,7 @@ import openmm as mm
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .data import fetch, pack_trajectory, shipped_directory
+from .data import fetch, pack_trajectory, shipped_directory, writing
 
 # %% ../nbs/12_simulation.ipynb #23f22925
 def protein_chain(path: str|Path,        # PDB file, or mmCIF by its suffix .cif or .mmcif
@@ -121,21 +120,6 @@ def cooperative_force(model) -> mm.CustomCVForce:
     force = mm.CustomCVForce(f'-{model.cooperativity*model.contact_energy*len(model.contacts)}*Qs^2')
     force.addCollectiveVariable('Qs', mean)
     return force
-
-# %% ../nbs/12_simulation.ipynb #c686a8b5
-@contextmanager
-def writing(path: str|Path # file to make
-            ):             # a temporary path beside it
-    "Write to the path given inside the block; the file gets its name at the end, and nothing is left behind on an error. A full disk is said in one sentence."
-    path = Path(path)
-    tmp = path.with_name(f'.{os.getpid()}-{path.name}')
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
-        raise OSError(e.errno, f'{path.parent.resolve()}: no space left to write {path.name}; what was finished before is kept: free some space and run the same command again') from e
-    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/12_simulation.ipynb #f74f16bc
 TIME_STEP = 0.004 # ps

@@ -26,8 +26,8 @@ from PeptideBuilder import Geometry, add_residue, add_terminal_OXT, initialize_r
 from PeptideBuilder.PeptideBuilder import calculateCoordinates
 from scipy.spatial import cKDTree
 
-from .data import fetch
-from .simulation import derived_seed, writing
+from .data import fetch, writing
+from .simulation import derived_seed
 
 # %% ../nbs/14_structures.ipynb #c225c281
 LETTERS = 'ACDEFGHIKLMNPQRSTVWY' # the twenty amino acids

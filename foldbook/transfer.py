@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from . import data, features
 from .committor import as_ensemble, check_states, clamp, replacing, states_from
-from .distill import Distillation, StudentOptions, _quiet, lambda_at, solve_head, targets
+from .distill import Distillation, StudentOptions, lambda_at, solve_head, targets
+from .forecast import quiet
 
 # %% ../nbs/47_transfer.ipynb #1eb0747f
 RESIDUE = {
@@ -350,7 +351,7 @@ class ResidueStudent(_Built, _Stored):
         self.mean, self.scale, self.pace = (start.mean, start.scale, start.pace) if start else _standard(X, S)
         network, flat, began = self._network(start and start.network.state_dict()), [s for s_ in S for s in s_], time.perf_counter()
         if validation: V, W = _checked([validation[0]], [validation[1]], 'validation tokens')
-        with _quiet(self.threads):
+        with quiet(self.threads):
             torch.manual_seed(self.seed)
             if head: solve_head(network, self._windows(X, every), flat, self.lam)
             else: self.history = _train(self, network, self._windows(X, every), flat, (self._windows(V, np.ravel(every)[-1]), W[0]) if validation else None, progress)['history']
@@ -367,7 +368,7 @@ class ResidueStudent(_Built, _Stored):
         X = as_ensemble(tokens, np.float32, 'tokens')
         if any(x.ndim != 3 or x.shape[2] != self.mean.shape[1] for x in X): raise ValueError(f'this student reads (T, 1 + N, {self.mean.shape[1]}) tokens; found {X[0].shape}')
         if states is not None: states = check_states(states, [len(x) for x in X], both=False)
-        with _quiet(self.threads): return committor_of(self.network, self._windows([X], every), states)
+        with quiet(self.threads): return committor_of(self.network, self._windows([X], every), states)
 
 # %% ../nbs/47_transfer.ipynb #485cd839
 def _same(student, start, head, X):

@@ -59,8 +59,8 @@ def test_every_command_has_help_with_an_example(command, inside):
 
 def test_commands_are_those_of_the_book():
     from foldbook import cli
-    from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, read_series, run, shoot, simulate_app, zq
-    assert {c.callback for c in app.registered_commands} == {zq, run, shoot, features}
+    from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, forecast, read_series, run, shoot, simulate_app, zq
+    assert {c.callback for c in app.registered_commands} == {zq, run, shoot, features, forecast}
     assert {c.name: c.callback for c in simulate_app.registered_commands} == {c: getattr(cli, f'simulate_{c}') for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')}
     assert {c.callback for c in data_app.registered_commands} == {data_list, data_info, data_fetch}
     with pytest.raises(FileNotFoundError, match='nothing.npy'): read_series('nothing.npy')
