@@ -35,7 +35,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .committor import replacing
-from .distill import _digest, _quiet
+from .distill import _digest
+from .forecast import quiet
 from .simulation import BOLTZMANN
 from .sources import ANGSTROM, BEADS, FORCE
 
@@ -694,7 +695,7 @@ def match(potential: Potential,      # its network is trained in place
           ) -> Potential:
     "Variational force matching of the network to what the prior leaves over; ends with the weights of lowest validation loss."
     o = options or MatchOptions()
-    with _quiet(o.threads):
+    with quiet(o.threads):
         sets, net = [stack(potential, d) for d in (training, validation)], potential.network
         settings = {k: v for k, v in asdict(o).items() if k not in ('accelerator', 'devices', 'threads')} | dict(network=getattr(net, 'options', str(net)))
         digest = _digest(settings, *([s.xyz.numpy(), s.delta.numpy(), s.system.types.numpy()] for s in sets))
