@@ -1,4 +1,4 @@
-"Energies and forces a CPU second: this book's network against TorchMD-NET's graph network of the same size, on the same frames, one thread."
+"Energies and forces a CPU second: this book's network against TorchMD-NET's graph network of the same size and its TensorNet, on the same frames, one thread."
 import time
 
 import torch
@@ -22,14 +22,10 @@ def rate(network, types, x, mask, repeats=5):
     return best
 
 
-def graph_network(width, layers):
-    "TorchMD-NET's graph network with the settings of the paper, or None where it is not installed."
-    try: from torchmdnet.models.model import create_model
-    except ImportError: return None
-    return cg.TorchMDNet(create_model(dict(
-        model='graph-network', embedding_dimension=width, num_layers=layers, num_rbf=18, rbf_type='expnorm', trainable_rbf=True, activation='tanh', neighbor_embedding=False,
-        cutoff_lower=3., cutoff_upper=12., max_z=25, max_num_neighbors=64, aggr='add', derivative=False, atom_filter=-1, prior_model=None, output_model='Scalar', reduce_op='sum', precision=32,
-        equivariance_invariance_group='O(3)', box_vecs=None, check_errors=True, static_shapes=False, vector_cutoff=False)))
+def theirs(model, width, layers):
+    "A network of TorchMD-NET with the settings of the paper, or None where it is not installed."
+    try: return cg.torchmdnet(model, width, layers)
+    except ImportError as e: print(e)
 
 
 def frames(n_beads):
@@ -42,13 +38,16 @@ def frames(n_beads):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
+    peers = {size: {model: theirs(model, **options) for model in ('graph-network', 'tensornet')} for size, options in cg.SIZES.items()}
     for n_beads in (10, 35):
         x, mask = frames(n_beads), torch.ones(1, n_beads, dtype=torch.bool)
         types = torch.randint(1, 22, (1, n_beads), generator=torch.Generator().manual_seed(0))
-        near = float(((torch.cdist(x, x) < 12*ANGSTROM) & (torch.cdist(x, x) > 3*ANGSTROM)).float().mean())
+        d = torch.cdist(x, x)[:, *torch.triu_indices(n_beads, n_beads, 1)]
+        print(f'{n_beads} beads, batch {BATCH}, {float(((d < 12*ANGSTROM) & (d > 3*ANGSTROM)).float().mean()):.0%} of pairs in range')
         for size, options in cg.SIZES.items():
-            ours, theirs = cg.SchNet(24, **options), graph_network(**options)
-            a = rate(ours, types, x, mask)
-            print(f'{n_beads} beads, batch {BATCH}, {near:.0%} of pairs in range, {size}, {sum(p.numel() for p in ours.parameters()):,} parameters: {a:,.0f} frames/s', end='')
-            if theirs is None: print('; TorchMD-NET is not installed')
-            else: print(f'; TorchMD-NET, {sum(p.numel() for p in theirs.parameters()):,} parameters: {(b := rate(theirs, types, x, mask)):,.0f} frames/s, ratio {a/b:.1f}')
+            ours = cg.SchNet(24, **options)
+            print(f'  {size}, {sum(p.numel() for p in ours.parameters()):,} parameters: {(a := rate(ours, types, x, mask)):,.0f} frames/s', end='', flush=True)
+            for model, network in peers[size].items():
+                if network is None: continue
+                print(f'; TorchMD-NET {model}, {sum(p.numel() for p in network.parameters()):,}: {(b := rate(network, types, x, mask)):,.0f}, ratio {a/b:.1f}', end='', flush=True)
+            print()

@@ -10,8 +10,8 @@ __all__ = ['TABLES', 'SAME', 'SELECTIONS', 'TINY', 'VOLUMES', 'RANGES', 'FITS', 
            'join', 'chain_geometry', 'prior_terms', 'prior_energy', 'energy_and_forces', 'Inversion', 'invert',
            'harmonic', 'fourier', 'inverse_sixth', 'coordinates', 'fit_term', 'fit_prior', 'plot_inversions',
            'read_prior', 'write_prior', 'check_frames', 'prior_forces', 'unit_slope', 'Radial', 'Interaction', 'SchNet',
-           'pairs_within', 'Potential', 'TorchMDNet', 'LossParts', 'split_loss', 'MatchOptions', 'Stack', 'stack',
-           'mean_square', 'mean_loss', 'ForceMatching', 'match', 'model_forces', 'loss_table', 'noised']
+           'pairs_within', 'Potential', 'TorchMDNet', 'torchmdnet', 'LossParts', 'split_loss', 'MatchOptions', 'Stack',
+           'stack', 'mean_square', 'mean_loss', 'ForceMatching', 'match', 'model_forces', 'loss_table', 'noised']
 
 # %% ../nbs/50_cg_potentials.ipynb #c50a0004
 import hashlib, json, math, time
@@ -546,7 +546,7 @@ def _load(directory):
 # %% ../nbs/50_cg_potentials.ipynb #c50e0010
 class TorchMDNet(nn.Module):
     "A TorchMD-NET model behind the call of this chapter."
-    def __init__(self, model): # made by `torchmdnet.models.model.create_model`, derivative=False
+    def __init__(self, model): # of `torchmdnet`, or made by `torchmdnet.models.model.create_model` with derivative=False
         super().__init__()
         self.model = model
     def forward(self, types, x, mask): # (1 or B, N), (B, N, 3) nm, (1 or B, N) -> (B,) kJ/mol
@@ -554,6 +554,20 @@ class TorchMDNet(nn.Module):
         chain = torch.arange(len(x), device=x.device)[:, None].expand_as(mask)
         energy, _ = self.model(types.expand_as(mask)[mask], x[mask]/ANGSTROM, batch=chain[mask])
         return 4.184*energy.view(-1)
+
+# %% ../nbs/50_cg_potentials.ipynb #c50e0010a
+def torchmdnet(model: str = 'graph-network', # or 'tensornet'
+               width: int = 128,
+               layers: int = 4,
+               **settings # any other of `create_model`
+               ) -> TorchMDNet:
+    "A network of TorchMD-NET with the settings of the paper; ImportError saying what to install where it is missing."
+    try: from torchmdnet.models.model import create_model
+    except ImportError as e: raise ImportError("TorchMD-NET is not installed; it is an extra: pip install 'foldbook[torchmdnet]'") from e
+    paper = dict(num_rbf=18, rbf_type='expnorm', trainable_rbf=True, activation='tanh', neighbor_embedding=False, cutoff_lower=3. if model == 'graph-network' else 0., cutoff_upper=12., aggr='add')
+    plain = dict(max_z=25, max_num_neighbors=64, derivative=False, atom_filter=-1, prior_model=None, output_model='Scalar', reduce_op='sum', precision=32,
+                 equivariance_invariance_group='O(3)', box_vecs=None, check_errors=True, static_shapes=False, vector_cutoff=False)
+    return TorchMDNet(create_model(paper | plain | dict(model=model, embedding_dimension=width, num_layers=layers) | settings))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50f0001
 class LossParts(NamedTuple):
@@ -609,7 +623,9 @@ def stack(potential: Potential,
     N = max(len(d.names) for d in chains)
     wide = lambda a: pad(torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32), (0, 0, 0, N - a.shape[1]))
     rest = lambda d: d.forces if potential.prior is None else d.forces - prior_forces(d, potential.prior)
-    for d in chains: check_frames(d, potential.prior)
+    for k, d in enumerate(chains):
+        try: check_frames(d, potential.prior)
+        except ValueError as e: raise ValueError(f'chain {k} of {len(chains)}: {e}') from None
     which = torch.repeat_interleave(torch.arange(len(chains)), torch.tensor([len(d) for d in chains]))
     return Stack(torch.cat([wide(d.xyz) for d in chains]), torch.cat([wide(rest(d)) for d in chains]), which, potential.system(*(d.names for d in chains)))
 

@@ -1,6 +1,7 @@
 "Coarse-grained potentials: the prior against OpenMM, symmetries of the network, training that resumes, wrong input."
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import mdtraj as md
 import numpy as np
@@ -426,14 +427,56 @@ def test_noised_frames_keep_the_force_of_the_smoothed_density(weight):
     assert slope == pytest.approx(-KT/(KT/k + sigma**2), rel=0.03)
 
 
-def test_torchmdnet_behind_the_same_call():
-    create_model = pytest.importorskip('torchmdnet.models.model').create_model # an optional program
-    args = dict(model='graph-network', embedding_dimension=16, num_layers=2, num_rbf=8, rbf_type='expnorm', trainable_rbf=True, activation='tanh', neighbor_embedding=False, cutoff_lower=3.0, cutoff_upper=12.0,
-                max_z=25, max_num_neighbors=64, aggr='add', derivative=False, atom_filter=-1, prior_model=None, output_model='Scalar', reduce_op='sum', precision=32, equivariance_invariance_group='O(3)',
-                box_vecs=None, check_errors=True, static_shapes=False, vector_cutoff=False)
+def test_the_mirror_costs_what_the_paper_says():
+    "Published constants, a C-alpha helix and its mirror image: 0.8787 kcal/mol a quadruple."
+    waves = ((0.202036165*4.184, math.radians(-130.5337)), (0.32990447*4.184, math.radians(-97.9884)))
+    s = cg.chain_system(['ALA']*4, Prior({'*': (1., 0.38)}, dihedrals={'*': waves}), TABLE).to(torch.float64)
+
+    def torsion(phi): # four beads with this dihedral, all angles 91 degrees
+        x = torch.tensor([[[0.38, 0, -0.0066], [0, 0, 0], [0, 0, 0.38], [0.38*math.cos(phi), 0.38*math.sin(phi), 0.3866]]], dtype=torch.float64)
+        return float(cg.prior_terms(x, s)['dihedrals'])/4.184
+    hand = lambda phi: sum(k/4.184*(1 + math.cos(n*phi - p)) for n, (k, p) in enumerate(waves, 1))
+    for phi in (0.9, -2.4): assert torsion(phi) == pytest.approx(hand(phi), rel=1e-4)
+    assert torsion(math.radians(-50)) - torsion(math.radians(50)) == pytest.approx(0.8787, abs=5e-4)
+
+
+def test_the_bad_chain_is_named():
+    d, prior = chain_frames()
+    bad = replace(d, forces=d.forces.copy())
+    bad.forces[3, 1, 0] = np.nan
+    with pytest.raises(ValueError, match=r'chain 1 of 2: frame 3, bead 1 \(ASP\)'): cg.stack(Potential(prior, TABLE, SchNet(22, 8)), [d, bad])
+
+
+DDP = """
+import sys, json, torch
+sys.path.insert(0, sys.argv[1])
+from test_cg import spring_data, cg, MatchOptions, Potential, SchNet
+if __name__ == '__main__':
+    d, _ = spring_data(576)
+    torch.manual_seed(0)
+    p = Potential(None, cg.table_of(d.names), SchNet(3, 8))
+    cg.match(p, [d[:512]], [d[512:]], MatchOptions(max_epochs=2, batch_size=64, average=0.9, devices=int(sys.argv[2])), progress=False)
+    print(json.dumps([h['loss'] for h in p.history]))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    "Lightning shares each batch among devices; halves of equal size average to the whole."
+    import json
+    import subprocess
+    import sys
+    (script := tmp_path/'two.py').write_text(DDP)
+    losses = [json.loads(subprocess.run([sys.executable, script, str(Path(__file__).parent), n], check=True, capture_output=True, text=True, timeout=300, cwd=tmp_path).stdout.splitlines()[-1]) for n in '12']
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize('model', ['graph-network', 'tensornet'])
+def test_torchmdnet_behind_the_same_call(model):
+    pytest.importorskip('torchmdnet.models.model') # an optional program
     p, chains, xs, x = mixed(False, torch.float32)
-    p.network = cg.TorchMDNet(create_model(args))
+    p.network = cg.torchmdnet(model, 16, 2)
     e, f = p.forces(x, p.system(*chains))
     e1, f1 = p.forces(xs[1], p.system(NAMES))
     torch.testing.assert_close(f[1], f1[0], rtol=1e-3, atol=1e-2)
     assert torch.isfinite(e).all()
+    assert float(p.network(p.system(NAMES).types, xs[1], torch.ones(1, 10, dtype=bool)).detach().abs()) > 0
