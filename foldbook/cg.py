@@ -317,7 +317,7 @@ def fit_term(chains: list,         # of `ForceData`
     groups = {k: np.concatenate(v) for k, v in groups.items()}
     everything = {'*': np.concatenate(list(groups.values()))}
     fits = [_one_fit(term, key, v, kT, span, minimum, options) for key, v in (everything if pooled else everything | groups).items()]
-    if not (fits := [f for f in fits if f]): raise ValueError(f'{term}: no bead has {minimum} samples with a minimum between {span}; give more frames, another range, or leave the term out')
+    if not (fits := [f for f in fits if f]): raise ValueError(f'{term}: nothing can be fitted between {span}: fewer than {minimum} samples, or a curve that is upside down there; give more frames, another range, or leave the term out')
     return fits
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0017a
