@@ -17,6 +17,7 @@ def test_settings_ini_migrates_to_our_pyproject(tmp_path):
     extras = new['project']['optional-dependencies']
     assert extras.pop('docs') == ['quarto-cli']  # settings.ini knows one extra only
     assert set(extras.pop('export')) <= set(extras['dev'])  # onnx and its runtime, of chapter 48
+    assert extras.pop('torchmdnet') == ['torchmd-net>=3.1']  # another program's networks, of chapter 50; not needed by any test
     assert old['project'] == new['project']
     assert old['tool']['nbdev'].items() <= new['tool']['nbdev'].items()
 
