@@ -142,21 +142,24 @@ def _rotation(v): # rotation vectors (..., 3) -> (..., 3, 3)
 # %% ../nbs/31_propagator.ipynb #a31g
 def motion(
     trajectories: list, # of mdtraj.Trajectory with the same atoms
-    tree: Tree|None = None, # default that of the first frame, with the lengths and constant angles of these trajectories
+    like: Motion|None = None, # takes constants and mean poses from there; default those of these trajectories
 ) -> Motion:
-    "Trajectories as what is propagated. Raises `ValueError` where frames are not evenly spaced alike or not numbers."
+    "Trajectories as what is propagated. Raises `ValueError` where frames are not evenly spaced alike or not numbers, or the molecule is not that of `like`."
     steps = np.concatenate([np.diff(t.time) for t in trajectories if len(t) > 1] or [[]])
     if not len(steps): raise ValueError('no trajectory has two frames; there is no motion to learn')
     if np.ptp(steps) > 1e-2*steps.mean(): raise ValueError(f'frames are {steps.min():g} to {steps.max():g} ps apart; take trajectories of one even spacing')
     for k, t in enumerate(trajectories):
         if (bad := ~np.isfinite(t.xyz).all((1, 2))).any(): raise ValueError(f'trajectory {k}, frame {int(bad.argmax())} has a coordinate that is not a number; cut it out')
-    tree = tree or _tree_of(trajectories)
+    tree = _tree_of(trajectories, like)
     xyz = [tree.coordinates(t) for t in trajectories]
-    poses = to_columns(tree, torch.cat(xyz))[1]
+    poses = like.poses if like else to_columns(tree, torch.cat(xyz))[1]
     return Motion(chain_of(tree), [to_columns(tree, x, poses)[0] for x in xyz], float(steps.mean()), tree, poses)
 
-def _tree_of(trajectories): # constants are means over 200 frames
+def _tree_of(trajectories, like): # constants are means over 200 frames
     tree = read_tree(trajectories[0][0])
+    if like:
+        if tree.names != like.tree.names or len(tree.segments) != len(like.tree.segments): raise ValueError(f'the trajectories hold {tree}, and {like.tree} is needed: another molecule, or other atoms of it')
+        return replace(tree, constants=like.tree.constants)
     every = max(1, sum(map(len, trajectories))//200)
     return tree.measured(torch.cat([tree.coordinates(t[::every]) for t in trajectories]))
 

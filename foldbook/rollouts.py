@@ -58,7 +58,10 @@ def memory_distance(
     reference: list, # (F, K) radians per trajectory
     lags = LAGS, # frames
 ) -> float:
-    "Mean absolute difference of the two autocorrelations, each about its own mean."
+    "Mean absolute difference of the two autocorrelations, each about its own mean, at the lags that both are long enough for."
+    shortest = min(max(map(len, x)) for x in (rollouts, reference))
+    lags = [k for k in lags if k < shortest]
+    if not lags: raise ValueError(f'the longest trajectory of one side has {shortest} frames; two are needed to speak of memory')
     return float(np.abs(circular_autocorrelation(rollouts, lags) - circular_autocorrelation(reference, lags)).mean())
 
 # %% ../nbs/25_rollouts.ipynb #c25a

@@ -46,7 +46,7 @@ def one_line_error(done, *words):
 
 
 # --- help, version, start ----------------------------------------------------------------------------------------
-COMMANDS = [[], ['run'], ['zq'], ['simulate'], *(['simulate', c] for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')), ['shoot'], ['features'], ['cg'], *(['cg', c] for c in ('prior', 'train', 'simulate', 'compare')), ['data'], ['data', 'list'], ['data', 'info'], ['data', 'fetch']]
+COMMANDS = [[], ['run'], ['zq'], ['simulate'], *(['simulate', c] for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')), ['shoot'], ['features'], ['propagate'], *(['propagate', c] for c in ('train', 'run', 'evaluate')), ['cg'], *(['cg', c] for c in ('prior', 'train', 'simulate', 'compare')), ['data'], ['data', 'list'], ['data', 'info'], ['data', 'fetch']]
 
 
 @pytest.mark.parametrize('command', COMMANDS, ids=' '.join)
@@ -62,6 +62,7 @@ def test_commands_are_those_of_the_book():
     from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, forecast, read_series, run, shoot, simulate_app, zq
     assert {c.callback for c in app.registered_commands} == {zq, run, shoot, features, forecast}
     assert {c.name: c.callback for c in simulate_app.registered_commands} == {c: getattr(cli, f'simulate_{c}') for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')}
+    assert {c.name: c.callback for c in cli.propagate_app.registered_commands} == {c: getattr(cli, f'propagate_{c}') for c in ('train', 'run', 'evaluate')}
     assert {c.name: c.callback for c in cli.cg_app.registered_commands} == {c: getattr(cli, f'cg_{c}') for c in ('prior', 'train', 'simulate', 'compare')}
     assert {c.callback for c in data_app.registered_commands} == {data_list, data_info, data_fetch}
     with pytest.raises(FileNotFoundError, match='nothing.npy'): read_series('nothing.npy')
