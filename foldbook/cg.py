@@ -417,7 +417,7 @@ def _check_unit(d, prior):
     slope = unit_slope(d, prior)
     unit = min(UNITS, key=lambda u: abs(math.log(max(slope, 1e-9)*UNITS[u])))
     if slope < 1/3 and 0.5 < slope*UNITS[unit] < 2:
-        raise ValueError(f'forces are {slope:.3g} times what the prior needs to explain their variance: they seem to be in {unit}; multiply them by {UNITS[unit]:g} to have kJ/mol/nm')
+        raise ValueError(f'forces are {slope:.2g} times what the prior needs to explain their variance: they seem to be in {unit}; multiply them by {UNITS[unit]:g} to have kJ/mol/nm')
 
 # %% ../nbs/50_cg_potentials.ipynb #c50d0002
 def prior_forces(d: ForceData,
