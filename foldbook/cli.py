@@ -673,15 +673,17 @@ propagate_app = typer.Typer(cls=_Group, no_args_is_help=True, help='A stochastic
                             epilog="Example: [bold]foldbook propagate train --system 'ala2/ala2-[012].h5' --out model[/bold], then run, evaluate")
 app.add_typer(propagate_app, name='propagate')
 
-def _motions(systems, top, stride=1): # name -> Motion
+def _trajectories(patterns, top='', stride=1): # of files with their own topology, or with that of `top`
     import mdtraj
+    return [mdtraj.load(str(f), **({'top': top} if top else {}))[::stride] for f in _expand(patterns)]
+
+def _motions(systems, stride): # name -> Motion
     from foldbook.propagator import motion
     found = {}
     for pattern in systems:
-        files = _expand([pattern])
-        name = Path(files[0]).stem.rsplit('-', 1)[0]
+        name = Path(_expand([pattern])[0]).stem.rsplit('-', 1)[0]
         if name in found: raise ValueError(f'--system {pattern}: another system is called {name} too; name files apart')
-        found[name] = motion([mdtraj.load(str(f), top=top)[::stride] if top else mdtraj.load(str(f))[::stride] for f in files])
+        found[name] = motion(_trajectories([pattern], stride=stride))
     return found
 
 # %% ../nbs/61_command_line.ipynb #c9pr0002
@@ -702,18 +704,13 @@ def propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='Fi
                     accelerator: Annotated[str, typer.Option(help='cpu, gpu or auto.')]='cpu',
                     out: _Out=..., seed: _Seed=0):
     "Learn the density of jumps; the last fifth of each trajectory decides when to stop."
-    from foldbook.propagator import Propagator
+    from foldbook.propagator import Propagator, motion
     if bool(system) == bool(traj) or bool(traj) != bool(top): raise ValueError('give --system, or --traj and --top together')
-    motions = _motions(system, '', stride) if system else _motions_of(traj, top, stride)
+    motions = _motions(system, stride) if system else {Path(top).stem: motion(_trajectories(traj, top, stride))}
     p = Propagator(lags=tuple(lag or [1]), start=start, width=width, layers=layers, steps=steps, batch_size=batch_size, cartesian=cartesian, accelerator=accelerator, seed=seed).fit(motions, progress=sys.stderr.isatty())
     p.save(out)
     best = {k: min(r['held_out'] for r in rows) for k, rows in p.history.items()}
     print(f'{", ".join(f"{k} ({len(m)} frames)" for k, m in motions.items())}, {p.step:g} ps a frame -> {out}: held-out density {-best["density"]:.3f} nats a column, error of the flow {best["flow"]:.3f}')
-
-def _motions_of(traj, top, stride):
-    import mdtraj
-    from foldbook.propagator import motion
-    return {Path(top).stem: motion([mdtraj.load(str(f), top=top)[::stride] for f in _expand(traj)])}
 
 # %% ../nbs/61_command_line.ipynb #c9pr0003
 @propagate_app.command('run', epilog='Example: [bold]foldbook propagate run model --start ala2/ala2-3.h5 --replicas 8 --frames 5000 --out made[/bold]; stopped and started again, it goes on.')
@@ -727,15 +724,14 @@ def propagate_run(model: Annotated[Path, typer.Argument(help='Directory that fol
                   bounded: Annotated[bool, typer.Option(help='Draw jumps again that leave the bounds of --start.')]=True,
                   out: _Out=..., seed: _Seed=0):
     "Jump after jump, into xtc files of all heavy atoms."
-    import mdtraj, torch
+    import torch
     from foldbook.propagation import bounds_of, run
     from foldbook.propagator import load_propagator, motion
     p = load_propagator(model)
     name = molecule or next(iter(p.motions))
-    frames_in = mdtraj.load(start, top=top) if top else mdtraj.load(start)
-    m = motion([frames_in], p.motions.get(name))
+    m = motion(_trajectories([start], top), p.motions.get(name))
     if name not in p.motions: p.adopt(name, m)
-    x = m.series[0]
+    x = torch.cat(m.series)
     made = run(p, name, x[torch.linspace(0, len(x) - 1, replicas).long()], frames, lag, bounds_of(m) if bounded else None, seed=seed, directory=out, progress=sys.stderr.isatty())
     total = made.out.sum()
     print(f'{replicas} replicas of {frames} frames, {made.lag_ps:g} ps a frame -> {out}: {total["drawn again"]} of {total["jumps"]} jumps drawn again, {made.valid:.1%} of frames within bounds')
@@ -750,13 +746,11 @@ def propagate_evaluate(traj: Annotated[list[str], typer.Option('--traj', help='M
                        lag: Annotated[int, typer.Option(min=1, help='Frames, of slow modes.')]=5,
                        out: _Out=..., seed: _Seed=0):
     "Set made trajectories beside molecular dynamics, the best linear dynamics, and controls that must fail."
-    import mdtraj
     from foldbook.committor import replacing
     from foldbook.propagation import bounds_of, evaluate
     from foldbook.propagator import motion
-    load = lambda pattern, top: [mdtraj.load(str(f), top=top) if top else mdtraj.load(str(f)) for f in _expand(pattern if isinstance(pattern, list) else [pattern])]
-    known = motion(load(train, reference_top))
-    table = evaluate({'made': motion(load(traj, top), known)}, known, motion(load(reference, reference_top), known), lag, bounds_of(known), seed)
+    known = motion(_trajectories([train], reference_top))
+    table = evaluate({'made': motion(_trajectories(traj, top), known)}, known, motion(_trajectories([reference], reference_top), known), lag, bounds_of(known), seed)
     replacing(out/'evaluation.csv', lambda p: table.to_csv(p))
     print(table.drop(columns='fault').astype(float).round(3).to_string())
     for name, fault in table.fault.items(): print(f'{name}: {fault}')

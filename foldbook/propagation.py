@@ -92,7 +92,8 @@ def jump(propagator, name, x, lag, generator, bounds, tries): # (M, K), how many
     y = propagator.sample(name, x, lag, generator)
     if bounds is None: return y, 0, 0
     excess = lambda v: sum(bounds.excesses(to_positions(propagator.motions[name], v)).values())
-    before, now, again = excess(x), excess(y), 0
+    now, again = excess(y), 0
+    before = excess(x) if (now > 0).any() else now # where one is out, is it farther within than it was?
     for _ in range(tries):
         bad = (now > 0) & (now >= before)
         if not bad.any(): break

@@ -85,6 +85,10 @@ class Motion:
         return Motion(self.chain, [self.series[i] for i in which], self.step, self.tree, self.poses)
     def cut(self, begin, end): # shares of each trajectory
         return Motion(self.chain, [x[int(begin*len(x)):int(end*len(x))] for x in self.series], self.step, self.tree, self.poses)
+    @cached_property
+    def anchors(self): return torch.as_tensor(anchors(self.tree).T) # (3, S), found once: positions are built in every jump
+    @cached_property
+    def segment(self): return torch.as_tensor(self.tree.segment[self.tree.residue]) # (A,)
     @property
     def torsions(self): # (F, K') radians per trajectory: for judging
         column = self.chain.used % len(ANGLES)
@@ -128,10 +132,10 @@ def to_positions(
     n, S, F = len(tree.residues), len(tree.segments), len(x)
     still = torch.eye(3, dtype=torch.float64, device=x.device).expand(F, S, 3, 3)
     r = to_cartesian(tree, Internals('default', still[..., 0]*0, still, table[:, :n])) # each segment in a frame of its own
-    origins, axes = (v.permute(*range(v.ndim)[::-1]) for v in segment_frames(r.permute(2, 1, 0)[:, put(anchors(tree).T)])) # (F, S, 3), (F, S, 3, 3) transposed
+    origins, axes = (v.permute(*range(v.ndim)[::-1]) for v in segment_frames(r.permute(2, 1, 0)[:, put(motion.anchors)])) # (F, S, 3), (F, S, 3, 3) transposed
     turn = torch.cat([still[:, :1], put(motion.poses[0]) @ _rotation(table[:, n:, :3])], 1)
     shift = torch.cat([still[:, :1, 0]*0, put(motion.poses[1]) + SHIFT*table[:, n:, 3:POSE]], 1)
-    segment = put(tree.segment[tree.residue])
+    segment = put(motion.segment)
     return ((r - origins[:, segment])[..., None, :] @ (turn @ axes)[:, segment].mT)[..., 0, :] + shift[:, segment]
 
 def _rotation(v): # rotation vectors (..., 3) -> (..., 3, 3)
@@ -173,13 +177,15 @@ class Start:
     root: torch.Tensor   # (K, K) L, symmetric but for units
     unroot: torch.Tensor # (K, K) its inverse
 
-    @property
+    @cached_property
     def width(self): return self.root.square().sum(1).sqrt() # (K,) of the noise
+    @cached_property
+    def log_volume(self): return torch.linalg.slogdet(self.unroot.double())[1] # of the inverse root, asked for in every step of training
     def predict(self, chain, x): return self.mean + chain.minus(x, self.mean) @ self.step # (B, K), not wrapped
     def to(self, device): return Start(*(getattr(self, k).to(device) for k in ('mean', 'spread', 'step', 'root', 'unroot')))
     def log_density(self, chain, x, y): # (B,) nats, wrapped tails left out
         w = chain.minus(y, self.predict(chain, x)) @ self.unroot.T
-        return -0.5*(w.square() + np.log(2*np.pi)).sum(-1) + torch.linalg.slogdet(self.unroot.double())[1].to(w)
+        return -0.5*(w.square() + np.log(2*np.pi)).sum(-1) + self.log_volume.to(w)
     def sample(self, chain, x, generator=None):
         return chain.plus(self.predict(chain, x), torch.randn(x.shape, generator=generator, device=x.device) @ self.root.T)
 
@@ -276,7 +282,7 @@ class Density(nn.Module):
         w, scale, G = self.white(chain, start, x, y, lag)
         M = torch.eye(self.rank, device=x.device) + G.mT @ G
         inside = w.square().sum(-1) - ((c := G.mT @ w[..., None]) * torch.linalg.solve(M, c)).sum((-2, -1))
-        return -0.5*(inside + torch.logdet(M) + w.shape[-1]*np.log(2*np.pi)) + torch.linalg.slogdet(start.unroot.double())[1].to(w) - scale.log().sum(-1)
+        return -0.5*(inside + torch.logdet(M) + w.shape[-1]*np.log(2*np.pi)) + start.log_volume.to(w) - scale.log().sum(-1)
 
 # %% ../nbs/31_propagator.ipynb #d31b
 def _sample(self, chain, start, x, lag, generator=None, noise=1.0): # (B, K)
