@@ -38,16 +38,20 @@ def frames(n_beads):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    peers = {size: {model: theirs(model, **options) for model in ('graph-network', 'tensornet')} for size, options in cg.SIZES.items()}
+    peers = {size: {model: theirs(model, **options) for model in ('graph-network', 'tensornet')}
+             for size, options in cg.SIZES.items()}
     for n_beads in (10, 35):
         x, mask = frames(n_beads), torch.ones(1, n_beads, dtype=torch.bool)
         types = torch.randint(1, 22, (1, n_beads), generator=torch.Generator().manual_seed(0))
         d = torch.cdist(x, x)[:, *torch.triu_indices(n_beads, n_beads, 1)]
-        print(f'{n_beads} beads, batch {BATCH}, {float(((d < 12*ANGSTROM) & (d > 3*ANGSTROM)).float().mean()):.0%} of pairs in range')
+        print(f'{n_beads} beads, batch {BATCH}, {float(((d < 12*ANGSTROM) & (d > 3*ANGSTROM)).float().mean()):.0%} of '
+              f'pairs in range')
         for size, options in cg.SIZES.items():
             ours = cg.SchNet(24, **options)
-            print(f'  {size}, {sum(p.numel() for p in ours.parameters()):,} parameters: {(a := rate(ours, types, x, mask)):,.0f} frames/s', end='', flush=True)
+            print(f'  {size}, {sum(p.numel() for p in ours.parameters()):,} parameters: '
+                  f'{(a := rate(ours, types, x, mask)):,.0f} frames/s', end='', flush=True)
             for model, network in peers[size].items():
                 if network is None: continue
-                print(f'; TorchMD-NET {model}, {sum(p.numel() for p in network.parameters()):,}: {(b := rate(network, types, x, mask)):,.0f}, ratio {a/b:.1f}', end='', flush=True)
+                print(f'; TorchMD-NET {model}, {sum(p.numel() for p in network.parameters()):,}: '
+                      f'{(b := rate(network, types, x, mask)):,.0f}, ratio {a/b:.1f}', end='', flush=True)
             print()

@@ -38,7 +38,8 @@ def rate(step, n, tries=3):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    prior = cg.Prior({'*': (30_000., 0.382)}, {'*': 0.008}, dihedrals={'*': ((0.845, -2.278), (1.380, -1.710))}, damping=0.1)
+    prior = cg.Prior({'*': (30_000., 0.382)}, {'*': 0.008}, dihedrals={'*': ((0.845, -2.278), (1.380, -1.710))},
+                     damping=0.1)
     for protein, n in (('chignolin', 10), ('villin', 35)):
         x = torch.tensor([[0.3*k, 0.24*(k % 2), 0.05*math.sin(k)] for k in range(n)]).repeat(REPLICAS, 1, 1)
         names = ('ALA',)*n
@@ -46,4 +47,5 @@ if __name__ == '__main__':
             p = cg.Potential(prior, cg.TABLES['protein-thermodynamics'], network)
             s = Langevin(p, [names]*REPLICAS, x, OPTIONS)
             batch, one = rate(s.advance, 100), rate(lambda n: loop(p, names, x, n), 6)
-            print(f'{protein}, {n} beads, {label}: batch of {REPLICAS} {batch:,.0f} replica-steps/s, loop over replicas {one:,.0f}, ratio {batch/one:.1f}')
+            print(f'{protein}, {n} beads, {label}: batch of {REPLICAS} {batch:,.0f} replica-steps/s, loop over '
+                  f'replicas {one:,.0f}, ratio {batch/one:.1f}')

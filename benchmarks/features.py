@@ -21,7 +21,8 @@ def plain_default(path, native, pairs):
 
 def plain_heavy(path, native, pairs):
     "Closest heavy atoms of all native contacts by mdtraj, the whole file at once."
-    return md.compute_contacts(md.load(str(path), top=native.topology), pairs, scheme='closest-heavy', periodic=False)[0]
+    return md.compute_contacts(md.load(str(path), top=native.topology), pairs, scheme='closest-heavy',
+                               periodic=False)[0]
 
 
 def peptide(folder, n_frames=5000, n_residues=40):
@@ -49,7 +50,8 @@ def compare(what, ours, theirs, repeats=7):
     a, b = (min(t) for t in times.values())
     np.testing.assert_allclose(ours(), theirs(), atol=1e-4)
     n, columns = result.shape
-    print(f'{what}: {columns} columns, streamed {n/a:,.0f} frames/s, mdtraj at once {n/b:,.0f} frames/s, ratio of times {a/b:.2f}')
+    print(f'{what}: {columns} columns, streamed {n/a:,.0f} frames/s, mdtraj at once {n/b:,.0f} frames/s, ratio of '
+          f'times {a/b:.2f}')
 
 
 if __name__ == '__main__':
@@ -57,8 +59,10 @@ if __name__ == '__main__':
     native, pairs, path = load_native(villin.topology), model_contacts(villin.topology), villin.trajectories[0]
     assert len(ca_atoms(native.topology)) == native.n_atoms
     f = default(native, pairs)
-    compare('default, 35 beads', lambda: stream(path, native, f, progress=False)[0][0], lambda: plain_default(path, native, pairs))
+    compare('default, 35 beads', lambda: stream(path, native, f, progress=False)[0][0],
+            lambda: plain_default(path, native, pairs))
     with tempfile.TemporaryDirectory() as folder:
         native = peptide(Path(folder))
         path, pairs, g = Path(folder)/'peptide.xtc', native_contacts(native), heavy_distances(native)
-        compare(f'heavy distances, {native.n_atoms} atoms', lambda: stream(path, native, g, progress=False)[0][0], lambda: plain_heavy(path, native, pairs), repeats=3)
+        compare(f'heavy distances, {native.n_atoms} atoms', lambda: stream(path, native, g, progress=False)[0][0],
+                lambda: plain_heavy(path, native, pairs), repeats=3)

@@ -26,7 +26,8 @@ def seconds(f, repeats=3):
     return best
 
 
-def flat(w): return w.past.reshape(len(w), w.history, -1).astype(float), w.future[:, 0].reshape(len(w), -1).astype(float)
+def flat(w):
+    return w.past.reshape(len(w), w.history, -1).astype(float), w.future[:, 0].reshape(len(w), -1).astype(float)
 
 
 def sklearn_ridge(p):
@@ -45,17 +46,20 @@ def statsmodels_var(p):
     fitted = model.fit(p.train.history, trend='c')
     past = flat(p.test)[0]
     few = 200
-    return seconds(lambda: model.fit(p.train.history, trend='c')), seconds(lambda: [fitted.forecast(h, p.test.lead) for h in past[:few]])*len(past)/few, 'statsmodels VAR, one frame at a time'
+    return seconds(lambda: model.fit(p.train.history, trend='c')), seconds(lambda: [fitted.forecast(h, p.test.lead)
+        for h in past[:few]])*len(past)/few, 'statsmodels VAR, one frame at a time'
 
 
 def statsmodels_arima(p):
-    "ARMA(2,1) of each coordinate, its filter run on to each frame and its forecast asked for, for some frames of one coordinate."
+    """ARMA(2,1) of each coordinate, its filter run on to each frame and its forecast asked for, for some frames of
+    one coordinate."""
     from statsmodels.tsa.arima.model import ARIMA
     x, z = (s.series[0].reshape(len(s.series[0]), -1).astype(float) for s in (p.train, p.test))
     fit = lambda c: ARIMA(c - c.mean(), order=(2, 0, 1), trend='n').fit(method='innovations_mle')
     fitted, few = fit(x[:, 0]), 20
     forecast = lambda: [fitted.apply(z[:t + 1, 0]).forecast(p.test.lead) for t in range(100, 100 + few)]
-    return seconds(lambda: fit(x[:, 0]), 1)*x.shape[1], seconds(forecast, 1)*len(p.test)/few*x.shape[1], 'statsmodels ARIMA, one frame at a time'
+    return seconds(lambda: fit(x[:, 0]), 1)*x.shape[1], seconds(forecast,
+        1)*len(p.test)/few*x.shape[1], 'statsmodels ARIMA, one frame at a time'
 
 
 def deeptime_vamp(p):
@@ -65,7 +69,8 @@ def deeptime_vamp(p):
     (x, y), (z, _) = flat(p.train), flat(p.test)
     model = EDMD(Identity())
     fitted = model.fit((x[:, -1], y)).fetch_model()
-    return seconds(lambda: model.fit((x[:, -1], y)).fetch_model()), seconds(lambda: fitted.transform(z[:, -1])), 'deeptime EDMD, one frame read'
+    return seconds(lambda: model.fit((x[:, -1], y)).fetch_model()), seconds(lambda: fitted.transform(z[:,
+        -1])), 'deeptime EDMD, one frame read'
 
 
 def main():
@@ -76,13 +81,16 @@ def main():
     print(f'{"foldbook":<46}{"training / s":>13}{"frames/s":>12}')
     for name in ('shrink', 'ar', 'var', 'arima', 'ffn', 'gru', 'lstm', 'transformer', 'lstm_structure'):
         train = seconds(lambda: forecaster(name).fit(p.train, p.validation), 1)
-        model = forecaster(name, **(dict(max_epochs=1) if hasattr(forecaster(name), 'max_epochs') else {})).fit(p.train, p.validation)
+        model = forecaster(name, **(dict(max_epochs=1) if hasattr(forecaster(name), 'max_epochs') else {})).fit(p.train,
+            p.validation)
         ours[name] = train, seconds(lambda: model.predict(p.test))
         print(f'{name:<46}{train:>13.2f}{n/ours[name][1]:>12.0f}')
     print(f'{"peers":<46}{"training / s":>13}{"frames/s":>12}   foldbook is faster by')
-    for peer, own in ((sklearn_ridge, 'var'), (statsmodels_var, 'var'), (statsmodels_arima, 'arima'), (deeptime_vamp, 'shrink')):
+    for peer, own in ((sklearn_ridge, 'var'), (statsmodels_var, 'var'), (statsmodels_arima, 'arima'),
+                      (deeptime_vamp, 'shrink')):
         train, forecast, name = peer(p)
-        print(f'{name:<46}{train:>13.2f}{n/forecast:>12.0f}   {own}: {train/ours[own][0]:.2g} x training, {forecast/ours[own][1]:.2g} x forecasting')
+        print(f'{name:<46}{train:>13.2f}{n/forecast:>12.0f}   {own}: {train/ours[own][0]:.2g} x training, '
+              f'{forecast/ours[own][1]:.2g} x forecasting')
 
 
 if __name__ == '__main__': main()

@@ -31,13 +31,20 @@ def main(n_frames=100_000, n_iterations=200):
     s = lshape2d()
     x, states, _ = s.observe(s.sample(n_frames, seed=0))
     rng = np.random.default_rng(0)
-    x = [np.column_stack([x[0], x[0].sum(1), x[0][:, 0] - x[0][:, 1], rng.normal(size=(n_frames, 2))]).astype(np.float32)]
-    print(f'{n_frames} frames, {np.mean(states[0] < 0):.0%} interior, 28 basis functions; milliseconds of processor time per iteration')
+    x = [np.column_stack([x[0], x[0].sum(1), x[0][:, 0] - x[0][:, 1],
+                          rng.normal(size=(n_frames, 2))]).astype(np.float32)]
+    print(f'{n_frames} frames, {np.mean(states[0] < 0):.0%} interior, 28 basis functions; milliseconds of processor '
+          f'time per iteration')
     for method in ('NPNEq', 'NPq'):
-        fit = lambda n: NonparametricCommittor(method, n_iterations=n, history=(0,), guard=0).fit(x, states, progress=False)
+        fit = lambda n: NonparametricCommittor(method, n_iterations=n, history=(0,), guard=0).fit(x, states,
+                                                                                                  progress=False)
         fit(2)  # compile
-        base = time.process_time(); fit(2); base = time.process_time() - base
-        start = time.process_time(); fit(n_iterations); ms = 1e3 * (time.process_time() - start - base) / (n_iterations - 2)
+        base = time.process_time()
+        fit(2)
+        base = time.process_time() - base
+        start = time.process_time()
+        fit(n_iterations)
+        ms = 1e3 * (time.process_time() - start - base) / (n_iterations - 2)
         print(f'{method:6} {ms:6.2f} ms; peer/foldbook = {PEER_MS[0] / ms:.1f} to {PEER_MS[1] / ms:.1f}')
     y, r = x[0][:, 0] / np.abs(x[0][:, 0]).max(), np.where(states[0] < 0, 0.5, states[0])
     start = time.process_time()

@@ -45,7 +45,8 @@ def main():
     print(f'villin, structure-based: {rate:.1f} transitions a CPU-minute; prototype/foldbook = {PROTOTYPE/rate:.2f}')
     print(f'villin, a frame each 1500 steps: simulate/OpenMM = {overhead(shipped_model(), 1500, 250):.3f}')
     with tempfile.TemporaryDirectory() as tmp:
-        for name, molecule, steps, n in (('alanine dipeptide', peptide('A'), 500, 250), ('CLN025', load_molecule(fetch('cln025_implicit', progress=False).directory/'native.pdb'), 50, 100)):
+        for name, molecule, steps, n in (('alanine dipeptide', peptide('A'), 500, 250),
+            ('CLN025', load_molecule(fetch('cln025_implicit', progress=False).directory/'native.pdb'), 50, 100)):
             model = prepared(AtomicModel(molecule, 'ff14SB', 'obc2'), Path(tmp)/name)
             print(f'{name}, a frame each {steps} steps: simulate/OpenMM = {overhead(model, steps, n):.3f}')
 

@@ -15,8 +15,11 @@ import torch
 
 warnings.simplefilter('ignore')
 LETTERS = 'ACDEFGHIKLMNPQRSTVWY'
-PACKAGES = {'openmmforcefields': 'data/perses_jacs_systems/*/*_protein.pdb', 'nglview': 'datafiles/md_1u19.pdb', 'pdbfixer': 'tests/data/1BHL.pdb',
-            'MDAnalysisTests': ['data/19hc.pdb.gz', 'data/1hvr.pdb', 'data/1osm.pdb.gz', 'data/4E43.pdb', 'data/1a28.pdb.gz', 'data/adk_open.pdb', 'data/adk_closed.pdb', 'data/6msm.pdb.bz2', 'data/nmr_neopetrosiamide.pdb', 'data/4x8u.pdbx']}
+PACKAGES = {'openmmforcefields': 'data/perses_jacs_systems/*/*_protein.pdb', 'nglview': 'datafiles/md_1u19.pdb',
+            'pdbfixer': 'tests/data/1BHL.pdb',
+            'MDAnalysisTests': ['data/19hc.pdb.gz', 'data/1hvr.pdb', 'data/1osm.pdb.gz', 'data/4E43.pdb',
+                                'data/1a28.pdb.gz', 'data/adk_open.pdb', 'data/adk_closed.pdb', 'data/6msm.pdb.bz2',
+                                'data/nmr_neopetrosiamide.pdb', 'data/4x8u.pdbx']}
 
 
 def installed(name): return importlib.util.find_spec(name) is not None
@@ -56,7 +59,8 @@ def foldbook_speed(t, n_frames, device='cpu'):
         for level in ('default', 'all'):
             internals = to_internal(tree, xyz, level)
             name = f'foldbook {str(dtype)[6:]} {level}, {n_frames} frames' + f' on {device}'*(device != 'cpu')
-            for way, call in dict(forward=lambda: (to_internal(tree, xyz, level), wait()), inverse=lambda: (to_cartesian(tree, internals), wait())).items():
+            for way, call in dict(forward=lambda: (to_internal(tree, xyz, level), wait()),
+                                  inverse=lambda: (to_cartesian(tree, internals), wait())).items():
                 rates[way, dtype, level] = line(f'{name}, {way}', n_frames*len(tree), best(call))
     return rates
 
@@ -69,7 +73,8 @@ def mp_nerf_speed(t):
     angles[:, 3:6] = torch.tensor([1.94, 2.03, 2.12])
     scaffolds = build_scaffolds_from_scn_angles(sequence, angles, device='cpu')
     n = int(scaffolds['cloud_mask'].sum())
-    return line('mp-nerf float32, 1 frame, inverse', n, best(lambda: protein_fold(**{k: v.clone() for k, v in scaffolds.items()})))
+    return line('mp-nerf float32, 1 frame, inverse', n,
+                best(lambda: protein_fold(**{k: v.clone() for k, v in scaffolds.items()})))
 
 
 def bat_speed(n_residues=20, n_frames=4):
@@ -78,7 +83,8 @@ def bat_speed(n_residues=20, n_frames=4):
     from MDAnalysis.analysis.bat import BAT
     t = chain(n_residues)
     names = [a.name for a in t.topology.atoms]
-    u = mda.Universe.empty(t.n_atoms, n_residues=t.n_residues, atom_resindex=[a.residue.index for a in t.topology.atoms], trajectory=True)
+    u = mda.Universe.empty(t.n_atoms, n_residues=t.n_residues,
+                           atom_resindex=[a.residue.index for a in t.topology.atoms], trajectory=True)
     u.add_TopologyAttr('name', names)
     u.add_TopologyAttr('resname', [r.name for r in t.topology.residues])
     u.add_TopologyAttr('resid', list(range(1, t.n_residues + 1)))
@@ -88,9 +94,11 @@ def bat_speed(n_residues=20, n_frames=4):
     u.load_new(np.repeat(t.xyz*10, n_frames, 0).astype(np.float32))
     terminal = u.select_atoms('name OXT')[0]
     bat = BAT(u.atoms, initial_atom=terminal)
-    forward = line(f'MDAnalysis BAT, {n_residues} residues, {n_frames} frames, forward', n_frames*t.n_atoms, best(lambda: bat.run(), 3))
+    forward = line(f'MDAnalysis BAT, {n_residues} residues, {n_frames} frames, forward', n_frames*t.n_atoms,
+                   best(lambda: bat.run(), 3))
     frame = bat.results.bat[0]
-    return forward, line(f'MDAnalysis BAT, {n_residues} residues, 1 frame, inverse', t.n_atoms, best(lambda: bat.Cartesian(frame), 3))
+    return forward, line(f'MDAnalysis BAT, {n_residues} residues, 1 frame, inverse', t.n_atoms,
+                         best(lambda: bat.Cartesian(frame), 3))
 
 
 def speed(args):
@@ -100,12 +108,14 @@ def speed(args):
     print(f'{"":<58} {"atoms/s":>11} {"atoms/cpu-s":>11}')
     ours = foldbook_speed(t, args.frames)
     if args.device != 'cpu': foldbook_speed(t, args.frames, args.device)
-    inverse32, inverse64, forward64 = ours['inverse', torch.float32, 'default'], ours['inverse', torch.float64, 'all'], ours['forward', torch.float64, 'all']
+    inverse32, inverse64, forward64 = ours['inverse', torch.float32, 'default'], ours['inverse', torch.float64,
+        'all'], ours['forward', torch.float64, 'all']
     if installed('mp_nerf'): print(f'inverse: {inverse32/mp_nerf_speed(t):.0f} times mp-nerf (float32)')
     else: print('mp-nerf is not installed')
     if installed('MDAnalysis'):
         forward, inverse = bat_speed()
-        print(f'inverse: {inverse64/inverse:.0f} times, forward: {forward64/forward:.0f} times MDAnalysis BAT (float64, all internals)')
+        print(f'inverse: {inverse64/inverse:.0f} times, forward: {forward64/forward:.0f} times MDAnalysis BAT '
+              f'(float64, all internals)')
     else: print('MDAnalysis is not installed')
 
 
@@ -114,7 +124,8 @@ def structures(folder):
     found = sorted((Path(__file__).parents[1]/'data').glob('*.pdb.xz'))
     for package, patterns in PACKAGES.items():
         if spec := importlib.util.find_spec(package):
-            for pattern in [patterns] if isinstance(patterns, str) else patterns: found += sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                found += sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
     return found + (sorted(Path(folder).glob('*.pdb')) if folder else [])
 
 
@@ -143,27 +154,34 @@ def foldcomp_error(tree):
     from foldbook.tree import _rmsd
     record = lambda i: f'ATOM  {i + 1:5d}  {tree.names[i]:<3} {tree.residues[tree.residue[i]].name:>3} A{tree.residue[i] + 1:4d}    ' + ''.join(f'{10*v:8.3f}' for v in tree.positions[i]) + f'  1.00 50.00           {tree.elements[i]}'
     _, back = foldcomp.decompress(foldcomp.compress('x', '\n'.join(record(i) for i in range(len(tree))) + '\n'))
-    place = {(int(l[22:26]), l[12:16].strip()): [float(l[c:c+8])/10 for c in (30, 38, 46)] for l in back.splitlines() if l.startswith('ATOM')}
+    place = {(int(l[22:26]), l[12:16].strip()): [float(l[c:c+8])/10 for c in (30, 38, 46)]
+             for l in back.splitlines() if l.startswith('ATOM')}
     common = [i for i in range(len(tree)) if (tree.residue[i] + 1, tree.names[i]) in place]
     found = np.array([place[tree.residue[i] + 1, tree.names[i]] for i in common])
     backbone = np.isin([tree.names[i] for i in common], ('N', 'CA', 'C', 'O'))
-    return dict(backbone=_rmsd(tree.positions[common][backbone], found[backbone]), heavy=_rmsd(tree.positions[common], found), atoms=len(common)/len(tree))
+    return dict(backbone=_rmsd(tree.positions[common][backbone], found[backbone]),
+                heavy=_rmsd(tree.positions[common], found), atoms=len(common)/len(tree))
 
 
 def one_structure(path, name, fit_steps):
     from foldbook.tree import fit_torsions, read_tree, reconstruction_error, to_cartesian, to_internal
     tree = read_tree(path)
     xyz = torch.from_numpy(tree.positions)[None]
-    error = lambda internals, tree=tree: {k: float(v[0]) for k, v in reconstruction_error(tree, xyz, to_cartesian(tree, internals)).items()}
-    row = dict(name=name, prepared='perses' in str(path) or path.name.startswith('md_'), residues=len(tree.residues), segments=len(tree.segments), chains=len(tree.summary.chains), atoms=len(tree))
+    error = lambda internals, tree=tree: {k: float(v[0])
+        for k, v in reconstruction_error(tree, xyz, to_cartesian(tree, internals)).items()}
+    row = dict(name=name, prepared='perses' in str(path) or path.name.startswith('md_'), residues=len(tree.residues),
+               segments=len(tree.segments), chains=len(tree.summary.chains), atoms=len(tree))
     for level in ('all', 'default', 'torsions'): row[level] = error(to_internal(tree, xyz, level))
-    row['all float32 largest'] = float((to_cartesian(tree, to_internal(tree, xyz.float(), 'all')) - xyz.float()).norm(dim=-1).max())
+    row['all float32 largest'] = float((to_cartesian(tree, to_internal(tree, xyz.float(), 'all'))
+                                        - xyz.float()).norm(dim=-1).max())
     row['fitted default'] = error(fit_torsions(tree, xyz, 'default', fit_steps))
     row['fitted torsions'] = error(fit_torsions(tree, xyz, 'torsions', 2*fit_steps))
     part = longest_segment(tree)
     x = torch.from_numpy(part.positions)[None]
-    own = lambda internals: {k: float(v[0]) for k, v in reconstruction_error(part, x, to_cartesian(part, internals)).items()}
-    row['longest segment'] = dict(residues=len(part.residues), default=own(to_internal(part, x)), **{'fitted default': own(fit_torsions(part, x, 'default', fit_steps))})
+    own = lambda internals: {k: float(v[0]) for k, v in reconstruction_error(part, x,
+                                                                             to_cartesian(part, internals)).items()}
+    row['longest segment'] = dict(residues=len(part.residues), default=own(to_internal(part, x)),
+                                  **{'fitted default': own(fit_torsions(part, x, 'default', fit_steps))})
     return row
 
 
@@ -172,8 +190,10 @@ def isolated(path):
     import subprocess
     code = ("import sys, json; sys.path.insert(0, sys.argv[2]); import tree as b; from foldbook.tree import read_tree\n"
             "t = b.longest_segment(read_tree(sys.argv[1]))\n"
-            "try: print(json.dumps(b.foldcomp_error(t)))\nexcept Exception as e: print(json.dumps(str(e).splitlines()[0]))")
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path), str(Path(__file__).parent)], capture_output=True, text=True)
+            "try: print(json.dumps(b.foldcomp_error(t)))\nexcept Exception as e: "
+            "print(json.dumps(str(e).splitlines()[0]))")
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path), str(Path(__file__).parent)],
+                          capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else f'killed by signal {-done.returncode}' if done.returncode < 0 else (done.stderr.strip().splitlines() or ['failed'])[-1][:100]
 
 
@@ -183,7 +203,8 @@ def raw_foldcomp(path):
     code = ("import sys, gzip, bz2, lzma, foldcomp\n"
             "f = {'gz': gzip.open, 'bz2': bz2.open, 'xz': lzma.open}.get(sys.argv[1].rsplit('.', 1)[1], open)\n"
             "foldcomp.decompress(foldcomp.compress('x', f(sys.argv[1], 'rt').read()))")
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path)], capture_output=True, text=True,
+                          timeout=300)
     if done.returncode == 0: return 'works'
     return f'killed by signal {-done.returncode}' if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:100]
 
@@ -196,13 +217,17 @@ def accuracy(args):
         if name.lower() in seen: continue
         seen.add(name.lower())
         row = one_structure(path, name, args.fit_steps)
-        if installed('foldcomp'): row['longest segment']['foldcomp'], row['foldcomp, file as it is'] = isolated(path), raw_foldcomp(path)
+        if installed('foldcomp'):
+            row['longest segment']['foldcomp'], row['foldcomp, file as it is'] = isolated(path), raw_foldcomp(path)
         show = lambda v: f'{10*v["backbone"]:.3f}/{10*v["heavy"]:.3f}'
-        print(f'{row["name"]:<22} {row["residues"]:5d} residues {row["segments"]:2d} segments  ' + '  '.join(f'{k} {show(row[k])}' for k in ('default', 'fitted default', 'torsions', 'fitted torsions')),
+        print(f'{row["name"]:<22} {row["residues"]:5d} residues {row["segments"]:2d} segments  '
+              + '  '.join(f'{k} {show(row[k])}' for k in ('default', 'fitted default', 'torsions', 'fitted torsions')),
               row['longest segment'], row.get('foldcomp, file as it is'), flush=True)
         rows.append(row)
     import mdtraj
-    made = dict(command='python benchmarks/tree.py --accuracy data/tree.json' + ' --structures DIR'*bool(args.structures) + f' --fit-steps {args.fit_steps}', units='nm', torch=torch.__version__, mdtraj=mdtraj.__version__)
+    made = dict(command='python benchmarks/tree.py --accuracy data/tree.json'
+                + ' --structures DIR'*bool(args.structures) + f' --fit-steps {args.fit_steps}', units='nm',
+                torch=torch.__version__, mdtraj=mdtraj.__version__)
     Path(args.accuracy).write_text(json.dumps(dict(made=made, structures=rows), indent=1) + '\n')
 
 
@@ -210,7 +235,8 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--frames', type=int, default=64)
     parser.add_argument('--residues', type=int, default=187)
-    parser.add_argument('--threads', type=int, default=1, help='more than one only on an idle machine: threads that wait for a busy core cost more than they bring')
+    parser.add_argument('--threads', type=int, default=1, help='more than one only on an idle machine: threads that '
+                        'wait for a busy core cost more than they bring')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--accuracy', help='json file to write')
     parser.add_argument('--structures', help='folder with more PDB files')

@@ -13,7 +13,8 @@ LAGS = 2 ** np.arange(16)
 
 
 def numpy_boundaries(flags):
-    "Index of the last boundary frame strictly before each frame and of the first strictly after; -1 and T where there is none."
+    """Index of the last boundary frame strictly before each frame and of the first strictly after; -1 and T where
+    there is none."""
     n, t = len(flags), np.arange(len(flags))
     previous = np.maximum.accumulate(np.where(flags >= 0, t, -1))
     following = np.minimum.accumulate(np.where(flags >= 0, t, n)[::-1])[::-1]
@@ -68,7 +69,8 @@ def foldbook_zq(name):
     return call
 
 
-FUNCTIONS = {'numpy': lambda r, flags: numpy_zq(r, flags, LAGS), 'cut_profiles': foldbook_zq('cut_profiles'), 'profile': foldbook_zq('profile')}
+FUNCTIONS = {'numpy': lambda r, flags: numpy_zq(r, flags, LAGS), 'cut_profiles': foldbook_zq('cut_profiles'),
+             'profile': foldbook_zq('profile')}
 
 
 def measure(what, n_frames):
@@ -90,7 +92,8 @@ def timed(what, path):
         wall, cpu = time.perf_counter(), time.process_time()
         z = FUNCTIONS[what](r, flags)
         found.append((time.process_time() - cpu, time.perf_counter() - wall))
-    print(json.dumps({'cpu': min(found)[0], 'wall': min(f[1] for f in found), 'bytes': (resident() - before) / len(r), 'z': z[::5, ::50].tolist()}))
+    print(json.dumps({'cpu': min(found)[0], 'wall': min(f[1] for f in found), 'bytes': (resident() - before) / len(r),
+                      'z': z[::5, ::50].tolist()}))
 
 
 def run(*args):
@@ -103,7 +106,8 @@ def import_seconds():
     "Clock and CPU time of `import foldbook.zq` in a fresh interpreter, best of three, and whether that loads torch."
     code = ('import time, sys; t, c = time.perf_counter(), time.process_time(); import foldbook.zq; '
             'print(time.perf_counter() - t, time.process_time() - c, int("torch" in sys.modules))')
-    return np.min([np.float64(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()) for _ in range(3)], 0)
+    return np.min([np.float64(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                                             check=True).stdout.split()) for _ in range(3)], 0)
 
 
 def main():
@@ -115,14 +119,18 @@ def main():
     if args.measure: return measure(args.measure[0], int(args.measure[1]))
     if args.timed: return timed(*args.timed)
     clock, cpu, torch = import_seconds()
-    print(f'import foldbook.zq: {clock:.2f} s by the clock, {cpu:.2f} s of CPU, torch {"loaded" if torch else "not loaded"}; {os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores')
-    print(f'{"frames":>10} {"":<34} {"clock s":>8} {"CPU s":>8} {"CPU ns/frame/lag":>17} {"B/frame":>8} {"numpy / this":>13}')
+    print(f'import foldbook.zq: {clock:.2f} s by the clock, {cpu:.2f} s of CPU, torch '
+          f'{"loaded" if torch else "not loaded"}; {os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores')
+    print(f'{"frames":>10} {"":<34} {"clock s":>8} {"CPU s":>8} {"CPU ns/frame/lag":>17} {"B/frame":>8} '
+          f'{"numpy / this":>13}')
     for n in args.frames:
         found = {what: run('--measure', what, n) for what in FUNCTIONS}
-        for what, text in zip(FUNCTIONS, ('plain numpy, Z_q only', 'foldbook, Z_q + Z_C1 + delta r^2', 'foldbook, the same with a verdict')):
+        for what, text in zip(FUNCTIONS, ('plain numpy, Z_q only', 'foldbook, Z_q + Z_C1 + delta r^2', 'foldbook, the '
+                                          'same with a verdict')):
             f = found[what]
             assert np.allclose(f['z'], found['numpy']['z'], atol=1e-6, rtol=1e-9), f'{what} differs from numpy'
-            print(f'{n:>10} {text:<34} {f["wall"]:8.3f} {f["cpu"]:8.3f} {f["cpu"] / n / len(LAGS) * 1e9:17.2f} {f["bytes"]:8.0f} {found["numpy"]["cpu"] / f["cpu"]:13.1f}')
+            print(f'{n:>10} {text:<34} {f["wall"]:8.3f} {f["cpu"]:8.3f} {f["cpu"] / n / len(LAGS) * 1e9:17.2f} '
+                  f'{f["bytes"]:8.0f} {found["numpy"]["cpu"] / f["cpu"]:13.1f}')
 
 
 if __name__ == '__main__': main()

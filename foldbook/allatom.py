@@ -27,9 +27,11 @@ from .simulation import Dynamics, simulate_all
 from .structures import Molecule, load_molecule
 
 # %% ../nbs/15_allatom.ipynb #x15d
-FORCE_FIELDS = {'ff14SBonlysc': 'amber/protein.ff14SBonlysc.xml', 'ff14SB': 'amber14/protein.ff14SB.xml', 'ff19SB': 'amber19/protein.ff19SB.xml', 'ff99SB-ILDN': 'amber99sbildn.xml',
+FORCE_FIELDS = {'ff14SBonlysc': 'amber/protein.ff14SBonlysc.xml', 'ff14SB': 'amber14/protein.ff14SB.xml',
+                'ff19SB': 'amber19/protein.ff19SB.xml', 'ff99SB-ILDN': 'amber99sbildn.xml',
                 'ff15ipq': 'amber14/protein.ff15ipq.xml', 'fb15': 'amberfb15.xml', 'charmm36': 'charmm36.xml'}
-SOLVENTS = {'gbn2': 'implicit/gbn2.xml', 'gbn': 'implicit/gbn.xml', 'obc2': None, 'obc2-custom': 'implicit/obc2.xml', 'obc1': 'implicit/obc1.xml', 'hct': 'implicit/hct.xml', 'vacuum': None}
+SOLVENTS = {'gbn2': 'implicit/gbn2.xml', 'gbn': 'implicit/gbn.xml', 'obc2': None, 'obc2-custom': 'implicit/obc2.xml',
+            'obc1': 'implicit/obc1.xml', 'hct': 'implicit/hct.xml', 'vacuum': None}
 
 # %% ../nbs/15_allatom.ipynb #x15e
 def native_obc2(system: mm.System, topology: app.Topology) -> mm.GBSAOBCForce:
@@ -38,7 +40,8 @@ def native_obc2(system: mm.System, topology: app.Topology) -> mm.GBSAOBCForce:
     charges = _force(system, mm.NonbondedForce)
     charges.setReactionFieldDielectric(1.0)
     force = mm.GBSAOBCForce()
-    for k, (radius, scale) in enumerate(GBSAOBC2Force.getStandardParameters(topology)): force.addParticle(charges.getParticleParameters(k)[0], radius, scale)
+    for k, (radius, scale) in enumerate(GBSAOBC2Force.getStandardParameters(topology)):
+        force.addParticle(charges.getParticleParameters(k)[0], radius, scale)
     force.setSoluteDielectric(1.0)
     force.setSolventDielectric(78.5)
     force.setSurfaceAreaEnergy(2.25936) # kJ/mol/nm^2
@@ -57,13 +60,22 @@ def molecular_system(topology: app.Topology,
     "An OpenMM system without a box. Raises ValueError on an unknown force field, solvent or residue."
     files = [_known(FORCE_FIELDS, force_field, 'force field'), _known(SOLVENTS, solvent, 'solvent')]
     try: ff = app.ForceField(*(f for f in files if f))
-    except (ValueError, OSError) as e: raise ValueError(f'force field {force_field!r} cannot be read ({e}); pip install openmmforcefields has ff14SBonlysc') from e
-    method = dict(nonbondedMethod=app.CutoffNonPeriodic, nonbondedCutoff=cutoff*mm.unit.nanometer) if cutoff else dict(nonbondedMethod=app.NoCutoff)
-    try: system = ff.createSystem(topology, constraints=app.HBonds if constrained else None, hydrogenMass=hydrogen_mass, removeCMMotion=False, **method)
-    except ValueError as e: raise ValueError(f'force field {force_field!r}: {e}; prepare the structure with foldbook.structures.prepare, or map the residue with replace') from e
+    except (ValueError, OSError) as e:
+        raise ValueError(f'force field {force_field!r} cannot be read ({e}); pip install openmmforcefields has '
+                         f'ff14SBonlysc') from e
+    method = dict(nonbondedMethod=app.CutoffNonPeriodic,
+                  nonbondedCutoff=cutoff*mm.unit.nanometer) if cutoff else dict(nonbondedMethod=app.NoCutoff)
+    try:
+        system = ff.createSystem(topology, constraints=app.HBonds if constrained else None, hydrogenMass=hydrogen_mass,
+                                 removeCMMotion=False, **method)
+    except ValueError as e:
+        raise ValueError(f'force field {force_field!r}: {e}; prepare the structure with foldbook.structures.prepare, '
+                         f'or map the residue with replace') from e
     if solvent == 'obc2':
         force = native_obc2(system, topology)
-        if cutoff: force.setNonbondedMethod(mm.GBSAOBCForce.CutoffNonPeriodic); force.setCutoffDistance(cutoff)
+        if cutoff:
+            force.setNonbondedMethod(mm.GBSAOBCForce.CutoffNonPeriodic)
+            force.setCutoffDistance(cutoff)
         system.addForce(force)
     return system
 
@@ -80,7 +92,8 @@ class Choice:
     why: str
 
 _REFERENCE_BELOW = {'obc2': 60, 'vacuum': 120} # atoms
-_CPU, _GPU = {'Threads': '1'}, {'CUDA': {'Precision': 'mixed', 'DeterministicForces': 'true'}, 'OpenCL': {'Precision': 'mixed'}}
+_CPU, _GPU = {'Threads': '1'}, {'CUDA': {'Precision': 'mixed', 'DeterministicForces': 'true'},
+                                'OpenCL': {'Precision': 'mixed'}}
 
 def choose_platform(n_atoms: int,
                     solvent: str = 'obc2', # a key of `SOLVENTS`
@@ -89,11 +102,14 @@ def choose_platform(n_atoms: int,
     "The fastest platform for a system of this size on this machine."
     works = platforms()
     if platform != 'auto':
-        if platform not in works: raise ValueError(f'platform {platform!r} does not work here; there are: {", ".join(works)}')
+        if platform not in works:
+            raise ValueError(f'platform {platform!r} does not work here; there are: {", ".join(works)}')
         return Choice(platform, dict(_CPU if platform == 'CPU' else _GPU.get(platform, {})), 'asked for')
     gpu = next((p for p in _GPU if p in works), None)
     if gpu and n_atoms >= 100: return Choice(gpu, dict(_GPU[gpu]), f'a GPU is here and {n_atoms} atoms keep it busy')
-    if n_atoms < _REFERENCE_BELOW.get(solvent, 0): return Choice('Reference', {}, f'{n_atoms} atoms in {solvent}: a step is shorter than the fixed cost of the CPU platform')
+    if n_atoms < _REFERENCE_BELOW.get(solvent, 0):
+        return Choice('Reference', {}, f'{n_atoms} atoms in {solvent}: a step is shorter than the fixed cost of the '
+                                       f'CPU platform')
     return Choice('CPU', dict(_CPU), f'{n_atoms} atoms in {solvent}; one thread a process, one process a core')
 
 # %% ../nbs/15_allatom.ipynb #x15h
@@ -134,7 +150,8 @@ class AtomicModel(Dynamics):
     def choice(self): return choose_platform(self.molecule.topology.getNumAtoms(), self.solvent, self.platform)
     @cached_property
     def system(self):
-        return molecular_system(self.molecule.topology, self.force_field, self.solvent, self.time_step > 0.001, 3.0 if self.time_step > 0.002 else None, self.cutoff)
+        return molecular_system(self.molecule.topology, self.force_field, self.solvent, self.time_step > 0.001,
+                                3.0 if self.time_step > 0.002 else None, self.cutoff)
     def context(self, temperature, seed): return _context(self, temperature, seed)
     def start(self, name): return _start(self, name)
     def settings(self): return _settings(self)
@@ -142,48 +159,64 @@ class AtomicModel(Dynamics):
 # %% ../nbs/15_allatom.ipynb #x15k
 def _check_settings(model):
     for name, unit in (('temperature', 'K'), ('time_step', 'ps')):
-        if not (value := getattr(model, name)) > 0: raise ValueError(f'a {name.replace("_", " ")} of {value} {unit}: it must be above zero')
-    if model.time_step > 0.005: raise ValueError(f'a time step of {1000*model.time_step:g} fs: steps above 5 fs cannot follow the fastest motion; lower the time step (in ps)')
+        if not (value := getattr(model, name)) > 0:
+            raise ValueError(f'a {name.replace("_", " ")} of {value} {unit}: it must be above zero')
+    if model.time_step > 0.005:
+        raise ValueError(f'a time step of {1000*model.time_step:g} fs: steps above 5 fs cannot follow the fastest '
+                         f'motion; lower the time step (in ps)')
 
 def _context(model, temperature, seed):
     integrator = mm.LangevinMiddleIntegrator(temperature, model.friction, model.time_step)
     integrator.setRandomNumberSeed(seed)
-    return mm.Context(model.system, integrator, mm.Platform.getPlatformByName(model.choice.platform), model.choice.properties)
+    return mm.Context(model.system, integrator, mm.Platform.getPlatformByName(model.choice.platform),
+                      model.choice.properties)
 
 def _start(model, start):
-    if isinstance(start, str) and start != 'native': raise ValueError(f"a molecule starts 'native', as it is, or from positions, not {start!r}")
+    if isinstance(start, str) and start != 'native':
+        raise ValueError(f"a molecule starts 'native', as it is, or from positions, not {start!r}")
     return np.asarray(model.molecule.positions if isinstance(start, str) else start, float)
 
 def _settings(model): # all that decides a run, positions by their hash
     positions = hashlib.sha256(np.asarray(model.molecule.positions, float).round(6).tobytes()).hexdigest()
-    return dict(molecule=model.name, atoms_in_molecule=len(model.molecule.positions), positions=positions, force_field=model.force_field, solvent=model.solvent, temperature=model.temperature,
+    return dict(molecule=model.name, atoms_in_molecule=len(model.molecule.positions), positions=positions,
+                force_field=model.force_field, solvent=model.solvent, temperature=model.temperature,
                 friction=model.friction, time_step=model.time_step, cutoff=model.cutoff, platform=model.choice.platform)
 
 # %% ../nbs/15_allatom.ipynb #x15m
-RELAXED = 100.0 # kJ/mol/nm, root mean square force; a tenth of the thermal one, and more than the rounding of a PDB file leaves
+# kJ/mol/nm, root mean square force; a tenth of the thermal one, and more than the rounding of a PDB file leaves
+RELAXED = 100.0
 OVERLAP = 0.03  # nm; no two atoms that are not bonded come so close
 
 def minimised(model: AtomicModel) -> Molecule: # the same molecule in a minimum of the energy
-    "Moves downhill to a local minimum; what is in one already stays as it is. Raises ValueError where atoms overlap, naming two of them, or where forces stay out of bounds."
+    """Moves downhill to a local minimum; what is in one already stays as it is. Raises ValueError where atoms
+    overlap, naming two of them, or where forces stay out of bounds."""
     context, start = model.context(model.temperature, 1), np.asarray(model.molecule.positions, float)
     _check_overlap(model, start)
     rms = lambda: np.sqrt((context.getState(getForces=True).getForces(asNumpy=True)._value**2).mean())
     context.setPositions(start)
     if rms() < RELAXED: return model.molecule
     try: mm.LocalEnergyMinimizer.minimize(context, maxIterations=20_000)
-    except mm.OpenMMException as e: raise ValueError(f'{model.name}: no minimum can be found ({str(e).split("  ")[0]}); build the structure anew') from e
-    if not rms() < 100*RELAXED: raise ValueError(f'{model.name}: forces stay out of bounds, as where a chain runs through a ring; build the structure anew')
-    return replace(model.molecule, positions=np.array(context.getState(getPositions=True).getPositions(asNumpy=True)._value))
+    except mm.OpenMMException as e:
+        raise ValueError(f'{model.name}: no minimum can be found ({str(e).split("  ")[0]}); build the structure anew') from e
+    if not rms() < 100*RELAXED:
+        raise ValueError(f'{model.name}: forces stay out of bounds, as where a chain runs through a ring; build the '
+                         f'structure anew')
+    return replace(model.molecule,
+                   positions=np.array(context.getState(getPositions=True).getPositions(asNumpy=True)._value))
 
 # %% ../nbs/15_allatom.ipynb #x15mb
 def _check_overlap(model, x):
     from scipy.spatial import cKDTree
     atoms = list(model.molecule.topology.atoms())
     say = lambda k: f'{atoms[k].residue.name}{atoms[k].residue.id}-{atoms[k].name}'
-    if (bad := ~np.isfinite(x).all(axis=1)).any(): raise ValueError(f'{model.name}: the position of {say(int(bad.argmax()))} is not a number')
+    if (bad := ~np.isfinite(x).all(axis=1)).any():
+        raise ValueError(f'{model.name}: the position of {say(int(bad.argmax()))} is not a number')
     bonded = {tuple(sorted((a.index, b.index))) for a, b in model.molecule.topology.bonds()}
-    pairs = sorted((float(np.linalg.norm(x[i] - x[j])), i, j) for i, j in cKDTree(x).query_pairs(OVERLAP) if (i, j) not in bonded)
-    if pairs: raise ValueError(f'{model.name}: atoms {say(pairs[0][1])} and {say(pairs[0][2])} are {pairs[0][0]:.3f} nm apart: move one of them, or build the structure anew')
+    pairs = sorted((float(np.linalg.norm(x[i] - x[j])), i, j)
+                   for i, j in cKDTree(x).query_pairs(OVERLAP) if (i, j) not in bonded)
+    if pairs:
+        raise ValueError(f'{model.name}: atoms {say(pairs[0][1])} and {say(pairs[0][2])} are {pairs[0][0]:.3f} nm '
+                         f'apart: move one of them, or build the structure anew')
 
 # %% ../nbs/15_allatom.ipynb #x15r
 def plot_energy(runs: dict, # label -> total energy in time, kJ/mol
@@ -216,7 +249,8 @@ def run_atomic(model: AtomicModel,         # as `prepared` returns it
     directory, top = Path(directory), model.native
     chosen = None if atoms == 'all' else top.topology.select(_known(ATOMS, atoms, 'choice of atoms'))
     if chosen is not None: write_structure(top.atom_slice(chosen), directory/'atoms.pdb')
-    jobs = [dict(out=directory/f'{model.name}-{k}{suffix}', n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=k, burn_in=burn_in, atoms=chosen, keep=tuple(keep))
+    jobs = [dict(out=directory/f'{model.name}-{k}{suffix}', n_frames=n_frames, steps_per_frame=steps_per_frame,
+                 seed=seed, trajectory=k, burn_in=burn_in, atoms=chosen, keep=tuple(keep))
             for k in range(n_trajectories)]
     simulate_all(model, jobs, client, n_workers, progress)
     return [j['out'] for j in jobs]
@@ -232,11 +266,14 @@ def equilibrium(molecule: Molecule,
 
 # %% ../nbs/15_allatom.ipynb #x15w
 def prepared(model: AtomicModel, directory: str|Path) -> AtomicModel:
-    "The model in a minimum of its energy, as `native.pdb` of the directory has it. Raises ValueError if another molecule or other settings are there."
+    """The model in a minimum of its energy, as `native.pdb` of the directory has it. Raises ValueError if another
+    molecule or other settings are there."""
     directory = Path(directory)
     path, made, asked = directory/'native.pdb', directory/'native.json', model.settings()
     if path.exists() and made.exists():
-        if json.loads(made.read_text()) != asked: raise ValueError(f'{directory} holds a run of another molecule or with other settings; delete it or choose another output')
+        if json.loads(made.read_text()) != asked:
+            raise ValueError(f'{directory} holds a run of another molecule or with other settings; delete it or '
+                             f'choose another output')
     else:
         relaxed = minimised(model)
         directory.mkdir(parents=True, exist_ok=True)
@@ -268,7 +305,8 @@ def plot_frames(t: md.Trajectory, # superposed on the first frame by its C-alpha
     ax = ax or plt.subplots(figsize=(4.5, 3.5))[1]
     t = t.atom_slice(t.topology.select('name CA')).superpose(t.atom_slice(t.topology.select('name CA')), 0)
     axes = np.linalg.svd(t.xyz[0] - t.xyz[0].mean(axis=0))[2][:2]
-    for k, x in enumerate(t.xyz @ axes.T): ax.plot(*x.T, '-o', ms=3, lw=1, color=plt.cm.viridis(0.9*k/max(1, len(t) - 1)))
+    for k, x in enumerate(t.xyz @ axes.T):
+        ax.plot(*x.T, '-o', ms=3, lw=1, color=plt.cm.viridis(0.9*k/max(1, len(t) - 1)))
     ax.set(xlabel='nm', ylabel='nm', aspect='equal')
     return ax
 
@@ -294,29 +332,35 @@ def benchmark(molecules: list,   # of `Molecule`
               solvents: tuple = ('gbn2', 'obc2', 'vacuum'),
               seconds: float = 1.0,
               progress: bool = True) -> pd.DataFrame:
-    "Steps a second of molecules in solvents on every platform of this machine, 4 fs a step; which one `choose_platform` takes."
+    """Steps a second of molecules in solvents on every platform of this machine, 4 fs a step; which one
+    `choose_platform` takes."""
     from tqdm.auto import tqdm
     rows, cases = [], [(m, s, p) for m in molecules for s in solvents for p in platforms()]
     for m, s, p in tqdm(cases, disable=not progress, unit='case'):
         if p == 'Reference' and len(m.positions) > 200: continue # always slower by far
         n = len(m.positions)
         v = speed(AtomicModel(m, 'ff14SB', s, platform=p), seconds)
-        rows.append(dict(system=m.name, atoms=n, solvent=s, platform=p, steps_per_second=round(v, 2), ns_per_day=round(v*4e-6*86400, 2), chosen=choose_platform(n, s).platform == p))
+        rows.append(dict(system=m.name, atoms=n, solvent=s, platform=p, steps_per_second=round(v, 2),
+                         ns_per_day=round(v*4e-6*86400, 2), chosen=choose_platform(n, s).platform == p))
     return pd.DataFrame(rows)
 
 # %% ../nbs/15_allatom.ipynb #x15ap
 def save_benchmark(table: pd.DataFrame, path: str|Path):
     "Write the table with the names of processor and graphics card as json."
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
+    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines()
+                if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
     gpu = ', '.join(p for p in platforms() if p in _GPU) or 'not measured'
-    with writing(path) as tmp: tmp.write_text(json.dumps(dict(processor=cpu or platform.processor(), openmm=mm.__version__, gpu=gpu, rows=table.to_dict('records')), indent=1))
+    with writing(path) as tmp:
+        tmp.write_text(json.dumps(dict(processor=cpu or platform.processor(), openmm=mm.__version__, gpu=gpu,
+                                       rows=table.to_dict('records')), indent=1))
 
 # %% ../nbs/15_allatom.ipynb #x15am
 def plot_speed(table: pd.DataFrame, ax=None): # as from `benchmark`
     "Steps a second against the number of atoms, the chosen platform of each."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6.5, 3.5))[1]
-    for (solvent, rows), marker in zip(table[table.chosen].sort_values('atoms').groupby('solvent'), 'osv^D'): ax.loglog(rows.atoms, rows.steps_per_second, marker=marker, label=solvent)
+    for (solvent, rows), marker in zip(table[table.chosen].sort_values('atoms').groupby('solvent'), 'osv^D'):
+        ax.loglog(rows.atoms, rows.steps_per_second, marker=marker, label=solvent)
     ax.set(xlabel='atoms', ylabel='steps a second, one core')
     ax.legend()
     return ax

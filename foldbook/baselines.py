@@ -36,12 +36,14 @@ def _rims(x, states):
     "Mean x on the frames of A, and of B, that have an interior neighbour (or on all of them when none has)."
     found = []
     for s in (0, 1):
-        rim = [v[f == s] if len(v) < 2 else v[(f == s) & (np.r_[f[1:] < 0, False] | np.r_[False, f[:-1] < 0])] for v, f in zip(x, states)]
+        rim = [v[f == s] if len(v) < 2 else v[(f == s) & (np.r_[f[1:] < 0, False] | np.r_[False, f[:-1] < 0])]
+               for v, f in zip(x, states)]
         rim = np.concatenate(rim)
         if not len(rim): rim = np.concatenate([v[f == s] for v, f in zip(x, states)])
         if not len(rim): raise ValueError(f'no frame of state {"AB"[s]} in the training part: the map cannot be fitted')
         found.append(float(rim.mean()))
-    if found[0] == found[1]: raise ValueError('A and B have the same mean value of this coordinate: it cannot tell them apart')
+    if found[0] == found[1]:
+        raise ValueError('A and B have the same mean value of this coordinate: it cannot tell them apart')
     return found
 
 # %% ../nbs/59_baselines.ipynb #f0939c32
@@ -72,7 +74,8 @@ class _Map:
 
 # %% ../nbs/59_baselines.ipynb #1fde7dc8
 class DiffusiveCommittor(_Map):
-    "Committor of the one-dimensional diffusive model along x: dq/dx ~ 1/Z_C1(x) [Krivov 2013]. Raises `ValueError` when a state is missing."
+    """Committor of the one-dimensional diffusive model along x: dq/dx ~ 1/Z_C1(x) [Krivov 2013]. Raises `ValueError`
+    when a state is missing."""
     def __init__(self, n_bins: int=200): # bins of x between the rims of A and B
         self.n_bins = n_bins
 
@@ -98,7 +101,8 @@ class DiffusiveCommittor(_Map):
 
 # %% ../nbs/59_baselines.ipynb #1cbe067b
 class IsotonicCommittor(_Map):
-    "The monotone function of x that best predicts the state hit next (isotonic regression). Raises `ValueError` when no interior frame has an outcome."
+    """The monotone function of x that best predicts the state hit next (isotonic regression). Raises `ValueError`
+    when no interior frame has an outcome."""
     def fit(self, x, states):
         "Learn the map from series `x`, list of `(T,)`, and flags."
         from sklearn.isotonic import IsotonicRegression
@@ -167,7 +171,8 @@ def _upwards(x, states):
 
 # %% ../nbs/59_baselines.ipynb #677b4f6b
 class TicaCoordinate:
-    "First time-lagged independent component (deeptime), growing from A to B. Raises `ValueError` when a trajectory is no longer than the lag."
+    """First time-lagged independent component (deeptime), growing from A to B. Raises `ValueError` when a trajectory
+    is no longer than the lag."""
     def __init__(self, lag: int=10): # frames
         self.lag = lag
 
@@ -200,14 +205,16 @@ class TicaCoordinate:
 def _lobe(n_features, hidden, outputs, head):
     "Two hidden layers, and a softmax for states."
     from torch import nn
-    layers = [nn.Linear(n_features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)]
+    layers = [nn.Linear(n_features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+              nn.Linear(hidden, outputs)]
     return nn.Sequential(*layers, *([nn.Softmax(1)] if head == 'softmax' else []))
 
 # %% ../nbs/59_baselines.ipynb #1008c53d
 def _pairs(features, mean, scale, lag):
     "Standardised frames and their partners one lag later, as two tensors `(N, F)`."
     import torch
-    if min(map(len, features)) <= lag: raise ValueError(f'a trajectory of {min(map(len, features))} frames is too short for a lag of {lag}')
+    if min(map(len, features)) <= lag:
+        raise ValueError(f'a trajectory of {min(map(len, features))} frames is too short for a lag of {lag}')
     x = [((a - mean)*scale).astype(np.float32) for a in features]
     return tuple(torch.from_numpy(np.concatenate([a[cut] for a in x])) for cut in (slice(None, -lag), slice(lag, None)))
 
@@ -246,8 +253,10 @@ class SlowModeCommittor(Stored):
     seed: int=0 # weights and order of the pairs
 
     def fit(self, features, states, validation=None):
-        "Learn from features, list of `(T, F)`, and flags; `validation`, the same of other trajectories, stops the training."
-        if self.head not in ('softmax', 'linear'): raise ValueError(f'head={self.head!r} is not known; choose softmax or linear')
+        """Learn from features, list of `(T, F)`, and flags; `validation`, the same of other trajectories, stops the
+        training."""
+        if self.head not in ('softmax', 'linear'):
+            raise ValueError(f'head={self.head!r} is not known; choose softmax or linear')
         x = as_ensemble(features, np.float64)
         mean, scale = _standard(np.concatenate(x))
         held = _pairs(as_ensemble(validation[0], np.float64), mean, scale, self.lag) if validation else None
@@ -271,7 +280,8 @@ def _outputs(self, features):
     with torch.no_grad(), torch.random.fork_rng(devices=[]): # building draws random weights, which are then replaced
         lobe = _lobe(len(v['mean']), self.hidden, self.outputs, self.head)
         lobe.load_state_dict({k[5:]: torch.from_numpy(np.asarray(a)) for k, a in v.items() if k.startswith('lobe.')})
-        return [lobe(torch.from_numpy(((x - v['mean'])*v['scale']).astype(np.float32))).numpy().astype(float) for x in as_ensemble(features, np.float64)]
+        return [lobe(torch.from_numpy(((x - v['mean'])*v['scale']).astype(np.float32))).numpy().astype(float)
+                for x in as_ensemble(features, np.float64)]
 
 def _mode(self, features):
     "The slow mode of each frame, centred, growing from A to B."
@@ -281,12 +291,15 @@ SlowModeCommittor._outputs, SlowModeCommittor.mode = _outputs, _mode
 
 # %% ../nbs/59_baselines.ipynb #42331f49
 def _msm_committor(walk, lag, n_cells):
-    "Committor of cells 2, 3, ... of discrete trajectories in which 0 is A and 1 is B; nan for cells that are not connected."
+    """Committor of cells 2, 3, ... of discrete trajectories in which 0 is A and 1 is B; nan for cells that are not
+    connected."""
     from deeptime.markov import TransitionCountEstimator
     from deeptime.markov.msm import MaximumLikelihoodMSM
     counts = TransitionCountEstimator(lag, 'sliding', n_states=n_cells + 2).fit_fetch(walk).submodel_largest()
     at = {int(s): i for i, s in enumerate(counts.state_symbols)}
-    if not {0, 1} <= set(at): raise ValueError('A and B are not connected in the training trajectories: no Markov model of folding can be made')
+    if not {0, 1} <= set(at):
+        raise ValueError('A and B are not connected in the training trajectories: no Markov model of folding can be '
+                         'made')
     flux = MaximumLikelihoodMSM(reversible=True).fit_fetch(counts).reactive_flux([at[0]], [at[1]])
     q = np.full(n_cells + 2, np.nan)
     q[list(at)] = flux.forward_committor
@@ -295,7 +308,8 @@ def _msm_committor(walk, lag, n_cells):
 # %% ../nbs/59_baselines.ipynb #734371f1
 @dataclass
 class MSMCommittor(Stored):
-    "Committor of a Markov state model with A and B as whole states, by transition-path theory (deeptime); a frame has that of its cell."
+    """Committor of a Markov state model with A and B as whole states, by transition-path theory (deeptime); a frame
+    has that of its cell."""
     n_cells: int=200 # k-means centres between A and B
     dimensions: int=4 # TICA components in which the cells are cut
     tica_lag: int=10 # frames
@@ -344,20 +358,25 @@ def _keep_best(coordinate, tried, validation):
 # %% ../nbs/59_baselines.ipynb #ff673e0a
 @dataclass
 class LogisticCommittor(Stored):
-    "Logistic regression of the state hit next on all features (scikit-learn). Raises `ValueError` when no interior frame has an outcome."
-    strengths: tuple=(1e-4, 1e-3, 1e-2, 1e-1, 1.) # C, inverse regularisation; validation chooses, the middle one is taken without it
+    """Logistic regression of the state hit next on all features (scikit-learn). Raises `ValueError` when no interior
+    frame has an outcome."""
+    # C, inverse regularisation; validation chooses, the middle one is taken without it
+    strengths: tuple=(1e-4, 1e-3, 1e-2, 1e-1, 1.)
 
     def fit(self, features, states, validation=None):
         "Learn from features, list of `(T, F)`, and flags."
         from sklearn.linear_model import LogisticRegression
-        x, f, y = (np.concatenate(e) for e in (as_ensemble(features, np.float64), check_states(states), outcomes(states)))
+        x, f, y = (np.concatenate(e) for e in (as_ensemble(features, np.float64), check_states(states),
+                                               outcomes(states)))
         known = (f < 0) & np.isfinite(y)
-        if len(set(y[known])) < 2: raise ValueError('the training part needs interior frames that go to A and others that go to B')
+        if len(set(y[known])) < 2:
+            raise ValueError('the training part needs interior frames that go to A and others that go to B')
         mean, scale = _standard(x[known])
         tried = []
         for c in self.strengths if validation else self.strengths[len(self.strengths)//2:][:1]:
             m = LogisticRegression(C=c, max_iter=300).fit((x[known] - mean)*scale, y[known].astype(int))
-            tried.append(dict(mean=mean, weights=m.coef_[0]*scale, offset=m.intercept_[0], least=_floor(states), strength=c))
+            tried.append(dict(mean=mean, weights=m.coef_[0]*scale, offset=m.intercept_[0], least=_floor(states),
+                              strength=c))
         return _keep_best(self, tried, validation)
 
     def transform(self, features, states=None):
@@ -371,7 +390,8 @@ class LogisticCommittor(Stored):
 BASELINES = {'logistic': ('logistic regression', lambda seed, lag: LogisticCommittor()),
              'msm': ('Markov model', lambda seed, lag: MSMCommittor(seed=seed, tica_lag=lag)),
              'vampnet': ('VAMPnet, isotonic', lambda seed, lag: SlowModeCommittor('softmax', 3, lag, seed=seed)),
-             'srv': ('state-free VAMP, isotonic', lambda seed, lag: SlowModeCommittor('linear', 2, lag, seed=seed))} # name -> label, how to make it
+             # name -> label, how to make it
+             'srv': ('state-free VAMP, isotonic', lambda seed, lag: SlowModeCommittor('linear', 2, lag, seed=seed))}
 
 def baseline(name: str, # a key of `BASELINES`
              seed: int=0, # of those that draw random numbers

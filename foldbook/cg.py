@@ -41,16 +41,21 @@ from .simulation import BOLTZMANN
 from .sources import ANGSTROM, BEADS, FORCE
 
 # %% ../nbs/50_cg_potentials.ipynb #c50b0001
-_first = dict(ALA=1, GLY=2, PHE=3, TYR=4, ASP=5, GLU=6, TRP=7, PRO=8, ASN=9, GLN=10, HIS=11, SER=12, THR=13, VAL=14, MET=15, CYS=16, NLE=17)
-TABLES = {'protein-thermodynamics': {name: k for k, name in BEADS.items()}, 'torchmd-cg': _first | dict(ARG=18, LYS=19, LEU=20, ILE=21)}
-SAME = dict(HSD='HIS', HSE='HIS', HSP='HIS', HID='HIS', HIE='HIS', HIP='HIS', CYX='CYS', MSE='MET') # names of one residue in other force fields
+_first = dict(ALA=1, GLY=2, PHE=3, TYR=4, ASP=5, GLU=6, TRP=7, PRO=8, ASN=9, GLN=10, HIS=11, SER=12, THR=13, VAL=14,
+              MET=15, CYS=16, NLE=17)
+TABLES = {'protein-thermodynamics': {name: k for k, name in BEADS.items()},
+          'torchmd-cg': _first | dict(ARG=18, LYS=19, LEU=20, ILE=21)}
+# names of one residue in other force fields
+SAME = dict(HSD='HIS', HSE='HIS', HSP='HIS', HID='HIS', HIE='HIS', HIP='HIS', CYX='CYS', MSE='MET')
 
 def bead_types(names: list, # of beads
                table: dict  # name -> integer
                ) -> np.ndarray: # (N,) integers
     "Integers of the beads; ValueError naming the first that the table lacks."
     for k, n in enumerate(names):
-        if SAME.get(n, n) not in table: raise ValueError(f'bead {k} is {n!r}, which the table lacks; it has {", ".join(table)}: rename it, or make a table with table_of')
+        if SAME.get(n, n) not in table:
+            raise ValueError(f'bead {k} is {n!r}, which the table lacks; it has {", ".join(table)}: rename it, or '
+                             f'make a table with table_of')
     return np.array([table[SAME.get(n, n)] for n in names])
 
 # %% ../nbs/50_cg_potentials.ipynb #c50b0001a
@@ -69,7 +74,8 @@ def force_map(positions: np.ndarray,  # (N, n) position map: rows sum to one
     n_groups, group = connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(n, n)), directed=False)
     G = (np.arange(n_groups)[:, None] == group).astype(float)
     A = G @ positions.T
-    if np.linalg.matrix_rank(A) < N: raise ValueError('two beads lie in one rigid group, so their forces cannot be told apart; choose other beads')
+    if np.linalg.matrix_rank(A) < N:
+        raise ValueError('two beads lie in one rigid group, so their forces cannot be told apart; choose other beads')
     S = np.eye(n_groups)
     if forces is not None:
         g = np.einsum('gi,tik->gtk', G, np.asarray(forces, float)).reshape(n_groups, -1)
@@ -91,7 +97,8 @@ class Mapping:
                  forces: np.ndarray # (T, n, 3) kJ/mol/nm
                  ) -> 'ForceData':
         "Positions of the beads and the forces on them."
-        return ForceData(self.names, *(np.einsum('Ni,tik->tNk', m, np.asarray(v, np.float32)).astype(np.float32) for m, v in ((self.positions, xyz), (self.forces, forces))))
+        return ForceData(self.names, *(np.einsum('Ni,tik->tNk', m, np.asarray(v, np.float32)).astype(np.float32)
+                                       for m, v in ((self.positions, xyz), (self.forces, forces))))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50b0009a
 @dataclass(frozen=True, eq=False)
@@ -118,7 +125,8 @@ def bead_map(topology: md.Topology,
     picked = [topology.atom(int(k)) for k in chosen]
     slim = all(a.name == 'CA' for a in picked)
     names = tuple(a.residue.name if slim else f'{a.residue.name}:{a.name}' for a in picked)
-    rigid = [(a.index, b.index) for a, b in topology.bonds if 'H' in (a.element.symbol, b.element.symbol)] if rigid_hydrogens else []
+    rigid = [(a.index, b.index) for a, b in topology.bonds
+             if 'H' in (a.element.symbol, b.element.symbol)] if rigid_hydrogens else []
     C = np.eye(topology.n_atoms)[chosen]
     return Mapping(names, C, force_map(C, rigid, forces))
 
@@ -148,19 +156,23 @@ class System:
     separation: int = 2
 
     def each(self, f): return replace(self, **{k: f(v) for k, v in vars(self).items() if torch.is_tensor(v)})
-    def to(self, *a): return self.each(lambda v: v.to(*a) if v.is_floating_point() else v.to(*(x for x in a if not isinstance(x, torch.dtype))))
+    def to(self, *a):
+        return self.each(lambda v: v.to(*a) if v.is_floating_point()
+                         else v.to(*(x for x in a if not isinstance(x, torch.dtype))))
     def __getitem__(self, rows): return self.each(lambda v: v[rows])
     def __len__(self): return len(self.types)
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0002
 def _entry(table, key, default):
-    if (found := table.get(key, table.get('*', default))) is None: raise ValueError(f'the prior has no bond {"-".join(key)} and no entry \'*\'; fit it on data that hold this pair')
+    if (found := table.get(key, table.get('*', default))) is None:
+        raise ValueError(f'the prior has no bond {"-".join(key)} and no entry \'*\'; fit it on data that hold this pair')
     return found
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0002a
 def _entries(names, table, span, default, *shape): # (1, terms, *shape)
     n = max(len(names) - span + 1, 0)
-    return torch.tensor([_entry(table, tuple(names[k:k+span]), default) for k in range(n)], dtype=torch.float64).reshape(1, n, *shape).float()
+    return torch.tensor([_entry(table, tuple(names[k:k+span]), default) for k in range(n)],
+                        dtype=torch.float64).reshape(1, n, *shape).float()
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0003
 def chain_system(names: list,        # of N beads
@@ -174,8 +186,10 @@ def chain_system(names: list,        # of N beads
     k, phase = _entries(names, padded, 4, ((0., 0.),)*waves, waves, 2).unbind(-1)
     eps = [_entry(prior.repulsion, n, 0.) for n in names]
     types = torch.from_numpy(bead_types(names, table))[None]
-    return System(types, types > 0, _entries(names, prior.bonds, 2, None, 2), _entries(names, prior.angles, 3, (0., 0.), 2),
-                  torch.stack([k*phase.cos(), k*phase.sin()], -1), k.sum((1, 2)), (4*torch.tensor(eps)).sqrt()[None].float(), prior.damping, prior.separation)
+    return System(types, types > 0, _entries(names, prior.bonds, 2, None, 2),
+                  _entries(names, prior.angles, 3, (0., 0.), 2),
+                  torch.stack([k*phase.cos(), k*phase.sin()], -1), k.sum((1, 2)),
+                  (4*torch.tensor(eps)).sqrt()[None].float(), prior.damping, prior.separation)
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0003a
 def join(systems: list # of `System`, from one prior
@@ -184,14 +198,16 @@ def join(systems: list # of `System`, from one prior
     def cat(parts):
         n = max((p.shape[1] for p in parts if p.ndim > 1), default=0)
         return torch.cat([p if p.ndim < 2 else pad(p, (0, 0)*(p.ndim - 2) + (0, n - p.shape[1])) for p in parts])
-    return replace(systems[0], **{k: cat([getattr(s, k) for s in systems]) for k, v in vars(systems[0]).items() if torch.is_tensor(v)})
+    return replace(systems[0], **{k: cat([getattr(s, k) for s in systems])
+                                  for k, v in vars(systems[0]).items() if torch.is_tensor(v)})
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0005
 TINY = 1e-12
 
 def chain_geometry(x: torch.Tensor, # (B, N, 3) nm
                    mask: torch.Tensor # (B, N)
-                   ) -> tuple: # bonds (B, N-1) nm, angles (B, N-2) rad, and the complex dihedral s exp(i phi) as two (B, N-3)
+                   # bonds (B, N-1) nm, angles (B, N-2) rad, and the complex dihedral s exp(i phi) as two (B, N-3)
+                   ) -> tuple:
     "Internal coordinates of the chain, differentiable for a straight one too."
     b = torch.where(mask[:, 1:, None], x[:, 1:] - x[:, :-1], x.new_tensor([1., 0, 0]))
     r = b.norm(dim=-1)
@@ -217,7 +233,8 @@ def prior_terms(x: torch.Tensor, # (B, N, 3) nm
     i, j = torch.triu_indices(N, N, s.separation, device=x.device)
     near = mask[:, i] & mask[:, j]
     d2 = torch.where(near, (x[:, i] - x[:, j]).square().sum(-1), 1.)
-    return dict(bonds=(s.bonds[..., 0]*(r - s.bonds[..., 1])**2).sum(-1), angles=(s.angles[..., 0]*(theta - s.angles[..., 1])**2).sum(-1),
+    return dict(bonds=(s.bonds[..., 0]*(r - s.bonds[..., 1])**2).sum(-1),
+                angles=(s.angles[..., 0]*(theta - s.angles[..., 1])**2).sum(-1),
                 dihedrals=dihedral.expand(len(x)), repulsion=(s.repulsion[:, i]*s.repulsion[:, j]/d2**3*near).sum(-1))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0006
@@ -247,7 +264,8 @@ class Inversion(NamedTuple):
     parameters: tuple       # as in `Prior`
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0012a
-VOLUMES = dict(bonds=lambda a, b: b**3 - a**3, repulsion=lambda a, b: b**3 - a**3, angles=lambda a, b: np.cos(a) - np.cos(b), dihedrals=lambda a, b: b - a)
+VOLUMES = dict(bonds=lambda a, b: b**3 - a**3, repulsion=lambda a, b: b**3 - a**3,
+               angles=lambda a, b: np.cos(a) - np.cos(b), dihedrals=lambda a, b: b - a)
 
 def invert(term: str,          # a key of `VOLUMES`
            values: np.ndarray, # sample of the coordinate
@@ -283,7 +301,8 @@ def inverse_sixth(x, F, n):
     return float(a), 4*a*x**-6.
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0016
-RANGES = dict(bonds=(0.355, 0.42), repulsion=(0.3, 0.6), angles=None, dihedrals=(-np.pi, np.pi)) # nm, rad: a C-alpha chain
+# nm, rad: a C-alpha chain
+RANGES = dict(bonds=(0.355, 0.42), repulsion=(0.3, 0.6), angles=None, dihedrals=(-np.pi, np.pi))
 FITS = dict(bonds=harmonic, angles=harmonic, dihedrals=fourier, repulsion=inverse_sixth)
 
 def coordinates(d: ForceData,
@@ -296,7 +315,8 @@ def coordinates(d: ForceData,
         i, j = np.triu_indices(len(names), separation)
         r = np.linalg.norm(d.xyz[:, i] - d.xyz[:, j], axis=-1)
         return [(names[a], r[:, k]) for k, pair in enumerate(zip(i, j)) for a in set(pair)]
-    r, theta, re, im = (v.numpy() for v in chain_geometry(torch.from_numpy(np.asarray(d.xyz)), torch.ones(1, len(names), dtype=bool)))
+    r, theta, re, im = (v.numpy() for v in chain_geometry(torch.from_numpy(np.asarray(d.xyz)),
+                                                          torch.ones(1, len(names), dtype=bool)))
     values, span = dict(bonds=(r, 2), angles=(theta, 3), dihedrals=(np.arctan2(im, re), 4))[term]
     return [(tuple(names[k:k + span]), values[:, k]) for k in range(values.shape[1])]
 
@@ -316,30 +336,38 @@ def fit_term(chains: list,         # of `ForceData`
         for key, v in coordinates(d, term, separation): groups.setdefault(key, []).append(v)
     groups = {k: np.concatenate(v) for k, v in groups.items()}
     everything = {'*': np.concatenate(list(groups.values()))}
-    fits = [_one_fit(term, key, v, kT, span, minimum, options) for key, v in (everything if pooled else everything | groups).items()]
-    if not (fits := [f for f in fits if f]): raise ValueError(f'{term}: nothing can be fitted between {span}: fewer than {minimum} samples, or a curve that is upside down there; give more frames, another range, or leave the term out')
+    fits = [_one_fit(term, key, v, kT, span, minimum, options)
+            for key, v in (everything if pooled else everything | groups).items()]
+    if not (fits := [f for f in fits if f]):
+        raise ValueError(f'{term}: nothing can be fitted between {span}: fewer than {minimum} samples, or a curve '
+                         f'that is upside down there; give more frames, another range, or leave the term out')
     return fits
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0017a
-def _one_fit(term, key, values, kT, span, minimum, options): # None where the sample is small, or repels where it should attract
+# None where the sample is small, or repels where it should attract
+def _one_fit(term, key, values, kT, span, minimum, options):
     if span is not None: values = values[(values >= span[0]) & (values <= span[1])]
     if len(values) < max(minimum, 1): return None
     x, F, n = invert(term, values, span, kT)
     if len(x) < 8: return None
     parameters, curve = FITS[term](x, F, n, **options)
-    return Inversion(term, key, x, F, n, curve, parameters) if term == 'dihedrals' or np.ravel(parameters)[0] > 0 else None
+    return Inversion(term, key, x, F, n, curve,
+                     parameters) if term == 'dihedrals' or np.ravel(parameters)[0] > 0 else None
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0018
 def fit_prior(chains: list,              # of `ForceData`
               temperature: float,        # K
-              terms: dict|None = None,   # term -> options of `fit_term`; None: the paper's bonds, repulsion and pooled dihedral
+              # term -> options of `fit_term`; None: the paper's bonds, repulsion and pooled dihedral
+              terms: dict|None = None,
               damping: float = 0.,
               separation: int = 2
               ) -> tuple:                # Prior, list of `Inversion`
     "A prior by Boltzmann inversion, and what each term was fitted to."
     terms = dict(bonds={}, repulsion={}, dihedrals=dict(pooled=True)) if terms is None else terms
-    fits = [f for t, o in terms.items() for f in fit_term(chains, t, BOLTZMANN*temperature, **(dict(span=RANGES[t], separation=separation) | o))]
-    entries = {t: {f.key: tuple(map(tuple, f.parameters)) if t == 'dihedrals' else f.parameters for f in fits if f.term == t} for t in FITS}
+    fits = [f for t, o in terms.items() for f in fit_term(chains, t, BOLTZMANN*temperature,
+                                                          **(dict(span=RANGES[t], separation=separation) | o))]
+    entries = {t: {f.key: tuple(map(tuple, f.parameters)) if t == 'dihedrals' else f.parameters
+                   for f in fits if f.term == t} for t in FITS}
     return Prior(**entries, damping=damping, separation=separation), fits
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0021
@@ -362,31 +390,42 @@ def plot_inversions(fits: list,     # of `Inversion`
     return axes
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0024
-_LETTER = dict(ALA='A', CYS='C', ASP='D', GLU='E', PHE='F', GLY='G', HIS='H', ILE='I', LYS='K', LEU='L', MET='M', ASN='N', PRO='P', GLN='Q', ARG='R', SER='S', THR='T', VAL='V', TRP='W', TYR='Y', NLE='O')
+_LETTER = dict(ALA='A', CYS='C', ASP='D', GLU='E', PHE='F', GLY='G', HIS='H', ILE='I', LYS='K', LEU='L', MET='M',
+               ASN='N', PRO='P', GLN='Q', ARG='R', SER='S', THR='T', VAL='V', TRP='W', TYR='Y', NLE='O')
 _NAME = {f'CA{v}': k for k, v in _LETTER.items()}
 
 def read_prior(path: str|Path # YAML in the layout of torchmd-protein-thermodynamics
                ) -> Prior:
     "The prior of a published file; ValueError naming what it lacks."
     d = yaml.safe_load(Path(path).read_text())
-    if not isinstance(d, dict) or not {'bonds', 'lj'} <= set(d): raise ValueError(f'{path}: has no sections bonds and lj; it is not a prior of this layout')
+    if not isinstance(d, dict) or not {'bonds', 'lj'} <= set(d):
+        raise ValueError(f'{path}: has no sections bonds and lj; it is not a prior of this layout')
     key = lambda text: tuple(_NAME[a.strip()] for a in text.strip('() ').split(','))
     try:
-        waves = {'*': tuple((t['phi_k']*4.184, math.radians(t['phase'])) for t in sorted(v['terms'], key=lambda t: t['per'])) for v in (d.get('dihedrals') or {}).values()}
+        waves = {'*': tuple((t['phi_k']*4.184, math.radians(t['phase']))
+            for t in sorted(v['terms'], key=lambda t: t['per'])) for v in (d.get('dihedrals') or {}).values()}
         return Prior({key(k): (v['k0']*10*FORCE, v['req']*ANGSTROM) for k, v in d['bonds'].items()},
-                     {_NAME[k]: v['epsilon']*(v['sigma']*ANGSTROM)**6*4.184 for k, v in d['lj'].items()}, dihedrals=waves)
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f'{path}: {e} is missing or unknown; compare with a file of the authors') from e
+                     {_NAME[k]: v['epsilon']*(v['sigma']*ANGSTROM)**6*4.184 for k, v in d['lj'].items()},
+                     dihedrals=waves)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f'{path}: {e} is missing or unknown; compare with a file of the authors') from e
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0024a
 def write_prior(prior: Prior,
                 path: str|Path): # YAML
     "Write a C-alpha prior in that layout; ValueError if it holds what the layout has no place for."
-    if prior.angles or set(prior.dihedrals) - {'*'} or '*' in {*prior.bonds, *prior.repulsion}: raise ValueError("the layout has no angles, no dihedrals by name and no entry '*'; leave them out, or use Potential.save")
+    if prior.angles or set(prior.dihedrals) - {'*'} or '*' in {*prior.bonds, *prior.repulsion}:
+        raise ValueError("the layout has no angles, no dihedrals by name and no entry '*'; leave them out, or use "
+                         "Potential.save")
     atom = lambda n: f'CA{_LETTER[n]}'
-    terms = [dict(phi_k=k/4.184, phase=math.degrees(p), per=n) for n, (k, p) in enumerate(prior.dihedrals.get('*', ()), 1)]
-    lj = {atom(n): dict(epsilon=e/4.184/ANGSTROM**6, sigma=1., epsilon14=e/4.184/ANGSTROM**6, sigma14=1.) for n, e in prior.repulsion.items()}
-    out = dict(atomtypes=list(lj), bonds={f'({", ".join(map(atom, k))})': dict(k0=v[0]/10/FORCE, req=v[1]/ANGSTROM) for k, v in prior.bonds.items()},
-               dihedrals={'(X, X, X, X)': dict(terms=terms, scnb=1, scee=1)} if terms else {}, lj=lj, electrostatics={a: dict(charge=0.) for a in lj}, masses={a: 12. for a in lj})
+    terms = [dict(phi_k=k/4.184, phase=math.degrees(p), per=n)
+             for n, (k, p) in enumerate(prior.dihedrals.get('*', ()), 1)]
+    lj = {atom(n): dict(epsilon=e/4.184/ANGSTROM**6, sigma=1., epsilon14=e/4.184/ANGSTROM**6, sigma14=1.)
+          for n, e in prior.repulsion.items()}
+    out = dict(atomtypes=list(lj), bonds={f'({", ".join(map(atom, k))})': dict(k0=v[0]/10/FORCE, req=v[1]/ANGSTROM)
+                                          for k, v in prior.bonds.items()},
+               dihedrals={'(X, X, X, X)': dict(terms=terms, scnb=1, scee=1)} if terms else {}, lj=lj,
+               electrostatics={a: dict(charge=0.) for a in lj}, masses={a: 12. for a in lj})
     replacing(path, lambda p: p.write_text(yaml.safe_dump(out, sort_keys=False)))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50d0001
@@ -399,13 +438,20 @@ def check_frames(d: ForceData,
                  largest: float = LARGEST  # kJ/mol/nm: force that no stable run has
                  ) -> ForceData:
     "The same data; raises ValueError naming the first bad frame and bead, or the unit that the forces seem to have."
-    if d.xyz.shape != d.forces.shape or d.xyz.shape[1:] != (len(d.names), 3): raise ValueError(f'positions {d.xyz.shape} and forces {d.forces.shape} do not fit {len(d.names)} beads; both must be (frames, beads, 3)')
+    if d.xyz.shape != d.forces.shape or d.xyz.shape[1:] != (len(d.names), 3):
+        raise ValueError(f'positions {d.xyz.shape} and forces {d.forces.shape} do not fit {len(d.names)} beads; both '
+                         f'must be (frames, beads, 3)')
     bond = np.pad(np.linalg.norm(np.diff(d.xyz, axis=1), axis=-1), ((0, 0), (1, 0)))
     force = np.abs(d.forces).max(-1)
-    for bad, what in ((~np.isfinite(d.xyz).all(-1), lambda t, k: 'has a position that is not a number: the run blew up; leave this frame and all later ones out'),
-                      (~np.isfinite(force), lambda t, k: 'has a force that is not a number; leave this frame out or compute its forces again'),
-                      (bond > longest, lambda t, k: f'is {bond[t, k]:.2f} nm from the bead before it, more than {longest} nm: make molecules whole before mapping, or give the positions in nm'),
-                      (force > largest, lambda t, k: f'has a force of {force[t, k]:.3g} kJ/mol/nm: the run blew up here; leave this frame out, by a rule that you state')):
+    for bad, what in ((~np.isfinite(d.xyz).all(-1), lambda t, k: 'has a position that is not a number: the run blew '
+                       'up; leave this frame and all later ones out'),
+                      (~np.isfinite(force), lambda t, k: 'has a force that is not a number; leave this frame out or '
+                                                         'compute its forces again'),
+                      (bond > longest, lambda t, k: f'is {bond[t, k]:.2f} nm from the bead before it, more than '
+                                                    f'{longest} nm: make molecules whole before mapping, or give the '
+                                                    f'positions in nm'),
+                      (force > largest, lambda t, k: f'has a force of {force[t, k]:.3g} kJ/mol/nm: the run blew up '
+                                                     f'here; leave this frame out, by a rule that you state')):
         if bad.any():
             t, k = np.argwhere(bad)[0]
             raise ValueError(f'frame {t}, bead {k} ({d.names[k]}) {what(t, k)}')
@@ -417,7 +463,8 @@ def _check_unit(d, prior):
     slope = unit_slope(d, prior)
     unit = min(UNITS, key=lambda u: abs(math.log(max(slope, 1e-9)*UNITS[u])))
     if slope < 1/3 and 0.5 < slope*UNITS[unit] < 2:
-        raise ValueError(f'forces are {slope:.2g} times what the prior needs to explain their variance: they seem to be in {unit}; multiply them by {UNITS[unit]:g} to have kJ/mol/nm')
+        raise ValueError(f'forces are {slope:.2g} times what the prior needs to explain their variance: they seem to '
+                         f'be in {unit}; multiply them by {UNITS[unit]:g} to have kJ/mol/nm')
 
 # %% ../nbs/50_cg_potentials.ipynb #c50d0002
 def prior_forces(d: ForceData,
@@ -426,18 +473,21 @@ def prior_forces(d: ForceData,
                  ) -> np.ndarray: # (T, N, 3) kJ/mol/nm
     "Forces of the prior on every frame."
     s = chain_system(d.names, prior, table_of(d.names))
-    return np.concatenate([energy_and_forces(lambda x: prior_energy(x, s), torch.as_tensor(d.xyz[k:k + batch]))[1].numpy() for k in range(0, len(d), batch)])
+    return np.concatenate([energy_and_forces(lambda x: prior_energy(x, s),
+        torch.as_tensor(d.xyz[k:k + batch]))[1].numpy() for k in range(0, len(d), batch)])
 
 # %% ../nbs/50_cg_potentials.ipynb #c50d0002a
 def unit_slope(d: ForceData,
                prior: Prior):
-    "Forces projected on those of the prior, the median over frames, so that two beads that touch decide nothing: near 1 for right units."
+    """Forces projected on those of the prior, the median over frames, so that two beads that touch decide nothing:
+    near 1 for right units."""
     some = d[::max(1, len(d)//2000)]
     F = prior_forces(some, prior)
     return float(np.median((F*some.forces).sum((1, 2))/(F**2).sum((1, 2))))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50e0001
-SIZES = {'32x2': dict(width=32, layers=2), '64x2': dict(width=64, layers=2), '128x4': dict(width=128, layers=4)} # the last is the paper's
+# the last is the paper's
+SIZES = {'32x2': dict(width=32, layers=2), '64x2': dict(width=64, layers=2), '128x4': dict(width=128, layers=4)}
 
 class Radial(nn.Module):
     "Radial functions of a distance, trainable, and the cutoff that vanishes at both ends."
@@ -525,12 +575,17 @@ class Potential(nn.Module):
 
 # %% ../nbs/50_cg_potentials.ipynb #c50e0007
 def _save(p, directory):
-    if p.network is not None and not isinstance(p.network, SchNet): raise TypeError(f'only a SchNet can be saved, not a {type(p.network).__name__}; save that network by its own program')
+    if p.network is not None and not isinstance(p.network, SchNet):
+        raise TypeError(f'only a SchNet can be saved, not a {type(p.network).__name__}; save that network by its own '
+                        f'program')
     directory = Path(directory)
     spelled = lambda table: [[list(k) if isinstance(k, tuple) else k, v] for k, v in table.items()]
     prior = p.prior and {k: spelled(v) if isinstance(v, dict) else v for k, v in vars(p.prior).items()}
-    card = dict(prior=prior, table=p.table, network=p.network and p.network.options, temperature=p.temperature, history=p.history)
-    if p.network is not None: replacing(directory/'potential.safetensors', lambda f: save_file({k: v.contiguous() for k, v in p.network.state_dict().items()}, str(f)))
+    card = dict(prior=prior, table=p.table, network=p.network and p.network.options, temperature=p.temperature,
+                history=p.history)
+    if p.network is not None:
+        replacing(directory/'potential.safetensors',
+                  lambda f: save_file({k: v.contiguous() for k, v in p.network.state_dict().items()}, str(f)))
     replacing(directory/'potential.json', lambda f: f.write_text(json.dumps(card)))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50e0007a
@@ -539,7 +594,8 @@ def _load(directory):
     if not path.exists(): raise FileNotFoundError(f'{path}: no potential was saved here')
     card = json.loads(path.read_text())
     deep = lambda v: tuple(map(deep, v)) if isinstance(v, list) else v
-    prior = card['prior'] and Prior(**{k: {deep(a): deep(b) for a, b in v} if isinstance(v, list) else v for k, v in card['prior'].items()})
+    prior = card['prior'] and Prior(**{k: {deep(a): deep(b) for a, b in v} if isinstance(v, list) else v
+                                       for k, v in card['prior'].items()})
     network = card['network'] and SchNet(**card['network'])
     if network: network.load_state_dict(load_file(str(path.with_suffix('.safetensors'))))
     return Potential(prior, card['table'], network, card['temperature'], card['history'])
@@ -547,7 +603,8 @@ def _load(directory):
 # %% ../nbs/50_cg_potentials.ipynb #c50e0010
 class TorchMDNet(nn.Module):
     "A TorchMD-NET model behind the call of this chapter."
-    def __init__(self, model): # of `torchmdnet`, or made by `torchmdnet.models.model.create_model` with derivative=False
+    # of `torchmdnet`, or made by `torchmdnet.models.model.create_model` with derivative=False
+    def __init__(self, model):
         super().__init__()
         self.model = model
     def forward(self, types, x, mask): # (1 or B, N), (B, N, 3) nm, (1 or B, N) -> (B,) kJ/mol
@@ -564,11 +621,16 @@ def torchmdnet(model: str = 'graph-network', # or 'tensornet'
                ) -> TorchMDNet:
     "A network of TorchMD-NET with the settings of the paper; ImportError saying what to install where it is missing."
     try: from torchmdnet.models.model import create_model
-    except ImportError as e: raise ImportError("TorchMD-NET is not installed; it is an extra: pip install 'foldbook[torchmdnet]'") from e
-    paper = dict(num_rbf=18, rbf_type='expnorm', trainable_rbf=True, activation='tanh', neighbor_embedding=False, cutoff_lower=3. if model == 'graph-network' else 0., cutoff_upper=12., aggr='add')
-    plain = dict(max_z=25, max_num_neighbors=64, derivative=False, atom_filter=-1, prior_model=None, output_model='Scalar', reduce_op='sum', precision=32,
-                 equivariance_invariance_group='O(3)', box_vecs=None, check_errors=True, static_shapes=False, vector_cutoff=False)
-    return TorchMDNet(create_model(paper | plain | dict(model=model, embedding_dimension=width, num_layers=layers) | settings))
+    except ImportError as e:
+        raise ImportError("TorchMD-NET is not installed; it is an extra: pip install 'foldbook[torchmdnet]'") from e
+    paper = dict(num_rbf=18, rbf_type='expnorm', trainable_rbf=True, activation='tanh', neighbor_embedding=False,
+                 cutoff_lower=3. if model == 'graph-network' else 0., cutoff_upper=12., aggr='add')
+    plain = dict(max_z=25, max_num_neighbors=64, derivative=False, atom_filter=-1, prior_model=None,
+                 output_model='Scalar', reduce_op='sum', precision=32,
+                 equivariance_invariance_group='O(3)', box_vecs=None, check_errors=True, static_shapes=False,
+                 vector_cutoff=False)
+    return TorchMDNet(create_model(paper | plain | dict(model=model, embedding_dimension=width, num_layers=layers)
+                                   | settings))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50f0001
 class LossParts(NamedTuple):
@@ -628,7 +690,8 @@ def stack(potential: Potential,
         try: check_frames(d, potential.prior)
         except ValueError as e: raise ValueError(f'chain {k} of {len(chains)}: {e}') from None
     which = torch.repeat_interleave(torch.arange(len(chains)), torch.tensor([len(d) for d in chains]))
-    return Stack(torch.cat([wide(d.xyz) for d in chains]), torch.cat([wide(rest(d)) for d in chains]), which, potential.system(*(d.names for d in chains)))
+    return Stack(torch.cat([wide(d.xyz) for d in chains]), torch.cat([wide(rest(d)) for d in chains]), which,
+                 potential.system(*(d.names for d in chains)))
 
 # %% ../nbs/50_cg_potentials.ipynb #c50f0005a
 def mean_square(network: nn.Module,
@@ -657,14 +720,16 @@ class ForceMatching(pl.LightningModule):
         super().__init__()
         self.network, self.training_set, self.validation, self.options, self.advance = network, training, validation, options, advance
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.average)).requires_grad_(False)
-        self.log_book = dict(fingerprint=fingerprint, history=[], best=None, best_loss=float('inf'), best_epoch=-1, finished=False, seconds=0.)
+        self.log_book = dict(fingerprint=fingerprint, history=[], best=None, best_loss=float('inf'), best_epoch=-1,
+                             finished=False, seconds=0.)
         self.n_batches = -(-len(training)//options.batch_size)
         self.variance = float((training.delta**2).sum()/(3*training.system.mask[training.which].sum()))
     def train_dataloader(self): return torch.utils.data.DataLoader(range(self.n_batches), batch_size=None)
     def configure_optimizers(self):
         o = self.options
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=o.learning_rate)
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=o.factor, patience=o.plateau, min_lr=o.min_rate)
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=o.factor, patience=o.plateau,
+                                                                   min_lr=o.min_rate)
         return self.optimizer
     def on_train_epoch_start(self):
         self.started, rng = time.perf_counter(), np.random.default_rng([self.options.seed, self.current_epoch])
@@ -672,11 +737,14 @@ class ForceMatching(pl.LightningModule):
     def training_step(self, _, i):
         rows = self.order[i::self.n_batches][self.global_rank::self.trainer.world_size].to(self.device)
         return mean_square(self.network, self.training_set, rows, create_graph=True)/self.variance
-    def on_fit_start(self): self.training_set, self.validation = (s and _to(s, self.device) for s in (self.training_set, self.validation))
+    def on_fit_start(self):
+        self.training_set, self.validation = (s and _to(s, self.device) for s in (self.training_set, self.validation))
     def on_train_batch_end(self, *_): self.average.update_parameters(self.network)
     def on_train_epoch_end(self): _end_of_epoch(self)
-    def on_save_checkpoint(self, checkpoint): checkpoint |= dict(log_book=self.log_book, plateau=self.schedule.state_dict())
-    def on_load_checkpoint(self, checkpoint): self.log_book, self.kept_plateau = checkpoint['log_book'], checkpoint['plateau']
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint |= dict(log_book=self.log_book, plateau=self.schedule.state_dict())
+    def on_load_checkpoint(self, checkpoint):
+        self.log_book, self.kept_plateau = checkpoint['log_book'], checkpoint['plateau']
 
 # %% ../nbs/50_cg_potentials.ipynb #c50f0007
 def _to(s, device): return Stack(*(v.to(device) for v in s))
@@ -688,7 +756,9 @@ def _end_of_epoch(m):
     book, o, epoch = m.log_book, m.options, m.current_epoch
     loss = mean_loss(m.average.module, m.validation)
     book['history'].append(dict(epoch=epoch, loss=loss, rate=m.optimizer.param_groups[0]['lr']))
-    if loss < book['best_loss']: book.update(best={k: v.detach().cpu().clone() for k, v in m.average.module.state_dict().items()}, best_loss=loss, best_epoch=epoch)
+    if loss < book['best_loss']:
+        book.update(best={k: v.detach().cpu().clone() for k, v in m.average.module.state_dict().items()},
+                    best_loss=loss, best_epoch=epoch)
     m.schedule.step(loss)
     book['finished'] = epoch + 1 >= o.max_epochs or epoch - book['best_epoch'] >= o.patience
     book['seconds'] += time.perf_counter() - m.started
@@ -699,7 +769,9 @@ def _end_of_epoch(m):
 def _log_book(checkpoint, digest):
     if checkpoint is None or not checkpoint.exists(): return None
     book = torch.load(checkpoint, map_location='cpu', weights_only=True)['log_book']
-    if book['fingerprint'] != digest: raise ValueError(f'{checkpoint} belongs to another network or other data; choose another directory or delete that file')
+    if book['fingerprint'] != digest:
+        raise ValueError(f'{checkpoint} belongs to another network or other data; choose another directory or delete '
+                         f'that file')
     return book
 
 # %% ../nbs/50_cg_potentials.ipynb #c50f0008
@@ -710,11 +782,13 @@ def match(potential: Potential,      # its network is trained in place
           directory: str|Path|None = None, # where to keep checkpoints; a run that was killed goes on from there
           progress: bool = True
           ) -> Potential:
-    "Variational force matching of the network to what the prior leaves over; ends with the weights of lowest validation loss."
+    """Variational force matching of the network to what the prior leaves over; ends with the weights of lowest
+    validation loss."""
     o = options or MatchOptions()
     with quiet(o.threads):
         sets, net = [stack(potential, d) for d in (training, validation)], potential.network
-        settings = {k: v for k, v in asdict(o).items() if k not in ('accelerator', 'devices', 'threads')} | dict(network=getattr(net, 'options', str(net)))
+        settings = {k: v for k, v in asdict(o).items()
+                    if k not in ('accelerator', 'devices', 'threads')} | dict(network=getattr(net, 'options', str(net)))
         digest = _digest(settings, *([s.xyz.numpy(), s.delta.numpy(), s.system.types.numpy()] for s in sets))
         if hasattr(net, 'scale'): net.scale.fill_(ANGSTROM*float(sets[0].delta.std()))
         checkpoint = Path(directory)/'match.ckpt' if directory else None
@@ -734,9 +808,12 @@ def _fit(net, sets, o, digest, checkpoint, book, bar):
     torch.manual_seed(o.seed)
     if book: bar.update(len(book['history']))
     model = ForceMatching(net, *sets, o, digest, advance)
-    keep = [ModelCheckpoint(dirpath=checkpoint.parent, filename=checkpoint.stem, save_on_train_epoch_end=True, enable_version_counter=False)] if checkpoint else []
-    trainer = pl.Trainer(max_epochs=o.max_epochs, accelerator=o.accelerator, devices=o.devices, callbacks=keep, logger=False, enable_checkpointing=bool(keep),
-                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False)
+    keep = [ModelCheckpoint(dirpath=checkpoint.parent, filename=checkpoint.stem, save_on_train_epoch_end=True,
+                            enable_version_counter=False)] if checkpoint else []
+    trainer = pl.Trainer(max_epochs=o.max_epochs, accelerator=o.accelerator, devices=o.devices, callbacks=keep,
+                         logger=False, enable_checkpointing=bool(keep),
+                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+                         use_distributed_sampler=False)
     trainer.fit(model, ckpt_path=str(checkpoint) if book else None, weights_only=True)
     net.cpu()
     return model.log_book
@@ -748,7 +825,8 @@ def model_forces(potential: Potential,
                  ) -> np.ndarray: # (T, N, 3) kJ/mol/nm
     "Forces of the whole potential on every frame."
     s = potential.system(d.names)
-    return np.concatenate([potential.forces(torch.as_tensor(d.xyz[k:k + batch]), s)[1].numpy() for k in range(0, len(d), batch)])
+    return np.concatenate([potential.forces(torch.as_tensor(d.xyz[k:k + batch]), s)[1].numpy()
+                           for k in range(0, len(d), batch)])
 
 # %% ../nbs/50_cg_potentials.ipynb #c50f0009a
 def loss_table(d: ForceData,       # frames not used in training

@@ -58,8 +58,10 @@ class RunOptions:
 def _check_options(o):
     for name in ('time_step', 'mass', 'n_steps', 'every', 'inner', 'segment'):
         if not getattr(o, name) > 0: raise ValueError(f'{name}={getattr(o, name)}; it must be positive')
-    if min(np.atleast_1d(o.temperature)) < 0 or o.friction < 0: raise ValueError(f'temperature={o.temperature}, friction={o.friction}; they must not be negative')
-    if o.every % o.inner: raise ValueError(f'every={o.every} is no multiple of inner={o.inner}; the network must be asked at each frame')
+    if min(np.atleast_1d(o.temperature)) < 0 or o.friction < 0:
+        raise ValueError(f'temperature={o.temperature}, friction={o.friction}; they must not be negative')
+    if o.every % o.inner:
+        raise ValueError(f'every={o.every} is no multiple of inner={o.inner}; the network must be asked at each frame')
     if o.n_steps % o.every: raise ValueError(f'n_steps={o.n_steps} is no multiple of every={o.every}')
     if o.exchange and np.ndim(o.temperature) == 0: raise ValueError('exchange needs a tuple of temperatures')
 
@@ -96,7 +98,8 @@ class Langevin:
 
     @property
     def alive(self): return self.system[self.rows]
-    def thermal(self, noise): return (self.kT[self.rows, None, None]/self.options.mass).sqrt()*noise.to(self.kT.device)[self.rows]
+    def thermal(self, noise):
+        return (self.kT[self.rows, None, None]/self.options.mass).sqrt()*noise.to(self.kT.device)[self.rows]
     def energy(self): return self.potential.energy(self.x, self.alive)
     def relax(self, n): _relax(self, n)
     def advance(self, n): _advance(self, n)
@@ -111,7 +114,8 @@ def _split(s):
     "Fast and slow forces at given positions; one force, and no slow one, for `inner=1`."
     alive, p = s.alive, s.potential
     if s.options.inner == 1: return (lambda x: energy_and_forces(lambda x: p.energy(x, alive), x)[1]), None
-    return (lambda x: energy_and_forces(lambda x: prior_energy(x, alive), x)[1]), (lambda x: energy_and_forces(lambda x: p.network(alive.types, x, alive.mask), x)[1])
+    return (lambda x: energy_and_forces(lambda x: prior_energy(x, alive),
+        x)[1]), (lambda x: energy_and_forces(lambda x: p.network(alive.types, x, alive.mask), x)[1])
 
 def _advance(s, n):
     "Many steps; the step is counted in those of the prior."
@@ -156,7 +160,8 @@ class Run:
     "Trajectories of all replicas."
     names: list                # of the beads of each replica
     options: RunOptions
-    xyz: list = field(default_factory=list, repr=False) # (T, N, 3) nm of each replica, where nothing was written to files
+    # (T, N, 3) nm of each replica, where nothing was written to files
+    xyz: list = field(default_factory=list, repr=False)
     directory: Path|None = None
     blown: list = field(default_factory=list) # of `Blown`
     exchanges: list = field(default_factory=lambda: [0, 0]) # accepted, tried
@@ -172,10 +177,13 @@ class Run:
 # %% ../nbs/51_cg_simulation.ipynb #c51c0003
 def _xtc(directory, k): return directory/f'replica-{k:03d}.xtc'
 
-def _frames(run, k, stride=1, drop=0.): # frames of replica k, less a share of the planned run at the beginning: an md.Trajectory, centred
+# frames of replica k, less a share of the planned run at the beginning: an md.Trajectory, centred
+def _frames(run, k, stride=1, drop=0.):
     first = round(drop*run.options.n_steps/run.options.every)
     top = ca_chain(run.names[k])
-    if run.directory is None: return md.Trajectory(run.xyz[k][first::stride], top, time=run.spacing_ps*(1 + np.arange(len(run.xyz[k]))[first::stride]))
+    if run.directory is None:
+        return md.Trajectory(run.xyz[k][first::stride], top,
+                             time=run.spacing_ps*(1 + np.arange(len(run.xyz[k]))[first::stride]))
     if not _xtc(run.directory, k).stat().st_size: return md.Trajectory(np.zeros((0, top.n_atoms, 3), np.float32), top)
     return md.load_xtc(str(_xtc(run.directory, k)), top=top)[first::stride]
 
@@ -185,11 +193,13 @@ def _load_run(directory):
     if not path.exists(): raise FileNotFoundError(f'{path}: no run was written here')
     card = json.loads(path.read_text())
     tuples = lambda v: tuple(v) if isinstance(v, list) else v
-    return Run([tuple(n) for n in card['names']], RunOptions(**{k: tuples(v) for k, v in card['options'].items()}), directory=directory,
+    return Run([tuple(n) for n in card['names']], RunOptions(**{k: tuples(v) for k, v in card['options'].items()}),
+               directory=directory,
                blown=[Blown(*b) for b in card['blown']], exchanges=card['exchanges'], seconds=card['seconds'])
 
 def _write_card(run, digest): # what `Run.load` reads
-    card = dict(names=[list(n) for n in run.names], options=asdict(run.options), blown=[list(b) for b in run.blown], exchanges=run.exchanges, seconds=run.seconds, task=digest)
+    card = dict(names=[list(n) for n in run.names], options=asdict(run.options), blown=[list(b) for b in run.blown],
+                exchanges=run.exchanges, seconds=run.seconds, task=digest)
     replacing(run.directory/'run.json', lambda p: p.write_text(json.dumps(card)))
 
 # %% ../nbs/51_cg_simulation.ipynb #c51c0007
@@ -197,17 +207,20 @@ def _starts(names, start):
     start = [np.asarray(x, np.float32) for x in start]
     if len(names) and isinstance(names[0], str): names = [tuple(names)]*len(start)
     names = [tuple(n) for n in names]
-    if not len(names) or len(names) != len(start): raise ValueError(f'{len(names)} chains but {len(start)} starts; give one start for each')
+    if not len(names) or len(names) != len(start):
+        raise ValueError(f'{len(names)} chains but {len(start)} starts; give one start for each')
     for k, (n, x) in enumerate(zip(names, start)):
         if x.shape != (len(n), 3): raise ValueError(f'start {k} has shape {x.shape}, but its chain has {len(n)} beads')
-        if not np.isfinite(x).all(): raise ValueError(f'start {k}, bead {np.argwhere(~np.isfinite(x))[0][0]}: not a number')
+        if not np.isfinite(x).all():
+            raise ValueError(f'start {k}, bead {np.argwhere(~np.isfinite(x))[0][0]}: not a number')
     N = max(map(len, names))
     return names, torch.stack([pad(torch.from_numpy(x), (0, 0, 0, N - len(x))) for x in start])
 
 def _check_ladder(names, o): # complete ladders, each of one chain
     n = len(np.atleast_1d(o.temperature))
     if o.exchange and (len(names) % n or any(names[k] != names[k - k % n] for k in range(len(names)))):
-        raise ValueError(f'{len(names)} replicas on ladders of {n} temperatures; give each chain {n} replicas in a row, or a multiple')
+        raise ValueError(f'{len(names)} replicas on ladders of {n} temperatures; give each chain {n} replicas in a '
+                         f'row, or a multiple')
 
 # %% ../nbs/51_cg_simulation.ipynb #c51c0006
 def run_beads(potential: Potential,
@@ -216,18 +229,22 @@ def run_beads(potential: Potential,
               options: RunOptions|None = None,
               directory: str|Path|None = None, # for one xtc a replica; default: frames in memory
               progress: bool = True) -> Run:
-    "Langevin dynamics of all replicas in one batch; with a directory, a run that was killed or is made longer goes on from its checkpoint. Raises ValueError for starts that do not fit."
+    """Langevin dynamics of all replicas in one batch; with a directory, a run that was killed or is made longer goes
+    on from its checkpoint. Raises ValueError for starts that do not fit."""
     o = options or RunOptions()
     names, x = _starts(names, start)
     _check_ladder(names, o)
     run = Run(names, o, directory=None if directory is None else Path(directory))
-    digest = _digest({k: v for k, v in asdict(o).items() if k not in ('n_steps', 'segment', 'device', 'threads')} | dict(names=names, prior=str(potential.prior)),
+    digest = _digest({k: v for k, v in asdict(o).items() if k not in ('n_steps', 'segment', 'device', 'threads')}
+                     | dict(names=names, prior=str(potential.prior)),
                      [v.cpu().numpy() for v in potential.state_dict().values()], [x.numpy()])
     with quiet(o.threads):
         s = Langevin(potential, names, x, o)
         resumed = run.directory and _resume(run, s, digest)
         if not resumed: s.relax(o.relax)
-        with tqdm(total=o.n_steps//o.every, initial=s.step//o.every, disable=not progress, desc=f'{len(names)} replicas', unit='frame') as bar: _loop(run, s, digest, bar)
+        with tqdm(total=o.n_steps//o.every, initial=s.step//o.every, disable=not progress,
+                  desc=f'{len(names)} replicas', unit='frame') as bar:
+            _loop(run, s, digest, bar)
     for b in run.blown: warnings.warn(f'{b}; its trajectory ends here', stacklevel=2)
     return run
 
@@ -263,7 +280,8 @@ def _take_out(run, s, frame):
     for row in bad.any(1).nonzero()[:, 0].tolist():
         bead, r = int(bad[row].int().argmax()) + 1, b[row, bad[row].int().argmax()]
         what = f'bond of {float(r):.2f} nm to the bead before it, more than {run.options.longest} nm' if torch.isfinite(r) else 'position is not a number'
-        run.blown.append(Blown(int(s.rows[row]), frame, bead, f'{run.names[s.rows[row]][bead]}, {what}; use a shorter time step, or a prior that holds'))
+        run.blown.append(Blown(int(s.rows[row]), frame, bead, f'{run.names[s.rows[row]][bead]}, {what}; use a shorter '
+                               f'time step, or a prior that holds'))
     s.keep(~bad.any(1))
 
 # %% ../nbs/51_cg_simulation.ipynb #c51c0010
@@ -271,17 +289,20 @@ def _write_segment(run, s, frames, digest):
     "Append frames, then note state and file lengths."
     run.directory.mkdir(parents=True, exist_ok=True)
     o = run.options
-    for k, f in enumerate(frames): _append(_xtc(run.directory, k), np.array(f, np.float32), s.step//o.every, run.spacing_ps)
+    for k, f in enumerate(frames):
+        _append(_xtc(run.directory, k), np.array(f, np.float32), s.step//o.every, run.spacing_ps)
     sizes = torch.tensor([_xtc(run.directory, k).stat().st_size for k in range(len(run.names))])
     counts = torch.tensor([s.step, *run.exchanges])
     _write_card(run, digest)
-    replacing(run.directory/'checkpoint.safetensors', lambda p: save_file(dict(x=s.x.cpu(), v=s.v.cpu(), rows=s.rows.cpu(), sizes=sizes, counts=counts), str(p)))
+    replacing(run.directory/'checkpoint.safetensors',
+        lambda p: save_file(dict(x=s.x.cpu(), v=s.v.cpu(), rows=s.rows.cpu(), sizes=sizes, counts=counts), str(p)))
 
 def _append(path, xyz, last, spacing): # frames whose last has this number, counted from one
     temporary = path.with_name(f'.{path.name}')
     if len(xyz):
         step = np.arange(last - len(xyz) + 1, last + 1, dtype=np.int32)
-        with md.formats.XTCTrajectoryFile(str(temporary), 'w') as f: f.write(xyz, time=(step*spacing).astype(np.float32), step=step)
+        with md.formats.XTCTrajectoryFile(str(temporary), 'w') as f:
+            f.write(xyz, time=(step*spacing).astype(np.float32), step=step)
     with open(path, 'ab') as f: f.write(temporary.read_bytes() if len(xyz) else b'')
     temporary.unlink(missing_ok=True)
 
@@ -291,7 +312,9 @@ def _resume(run, s, digest): # True where there was a checkpoint
     if not (saved.exists() and card.exists()):
         for k in range(len(run.names)): _xtc(run.directory, k).unlink(missing_ok=True)
         return False
-    if json.loads(card.read_text())['task'] != digest: raise ValueError(f'{run.directory} holds a run of another potential, start or options; choose another directory or delete that one')
+    if json.loads(card.read_text())['task'] != digest:
+        raise ValueError(f'{run.directory} holds a run of another potential, start or options; choose another '
+                         f'directory or delete that one')
     z, old = load_file(str(saved)), Run.load(run.directory)
     for k, n in enumerate(z['sizes'].tolist()):
         with open(_xtc(run.directory, k), 'ab') as f: f.truncate(n)
@@ -304,7 +327,8 @@ def _resume(run, s, digest): # True where there was a checkpoint
 def _exchange(run, s, attempt):
     "Try to swap each second pair of neighbours on each ladder."
     n, U, beta = len(run.options.temperature), s.energy(), 1/s.kT[s.rows]
-    row, draw = {r: k for k, r in enumerate(s.rows.tolist())}, np.random.default_rng([run.options.seed, attempt]).random(len(run.names))
+    row, draw = {r: k for k, r in enumerate(s.rows.tolist())}, np.random.default_rng([run.options.seed,
+                                                                                      attempt]).random(len(run.names))
     order = torch.arange(len(s.rows), device=s.x.device)
     for r in range(len(run.names) - 1):
         if r % n == n - 1 or r % n % 2 != attempt % 2 or not {r, r + 1} <= set(row): continue
@@ -339,10 +363,12 @@ def _bonded(s, n):
 def _torsions(s, n):
     waves = range(1, s.dihedrals.shape[2] + 1)
     terms = ' + '.join(f'a{w}*rho^{w}*cos({w}*phi) + b{w}*rho^{w}*sin({w}*phi)' for w in waves) or '0'
-    force = mm.CustomCompoundBondForce(4, f'{terms}; rho=s/sqrt(s*s + {s.damping**2 + TINY}); s=sin(angle(p1,p2,p3))*sin(angle(p2,p3,p4)); phi=dihedral(p1,p2,p3,p4)')
+    force = mm.CustomCompoundBondForce(4, f'{terms}; rho=s/sqrt(s*s + {s.damping**2 + TINY}); '
+                                          f's=sin(angle(p1,p2,p3))*sin(angle(p2,p3,p4)); phi=dihedral(p1,p2,p3,p4)')
     for w in waves:
         for c in 'ab': force.addPerBondParameter(f'{c}{w}')
-    for i, p in enumerate(s.dihedrals[0].tolist()): force.addBond(list(range(i, i + 4)), [v for pair in p for v in pair])
+    for i, p in enumerate(s.dihedrals[0].tolist()):
+        force.addBond(list(range(i, i + 4)), [v for pair in p for v in pair])
     return force
 
 def _repulsion(s, n): # the constant of the dihedrals is no force and is left out
@@ -373,7 +399,8 @@ def openmm_run(potential: Potential,
     o = options or RunOptions()
     integrator = mm.LangevinMiddleIntegrator(o.temperature, o.friction, o.time_step)
     integrator.setRandomNumberSeed(derived_seed(o.seed))
-    context = mm.Context(openmm_system(potential, names, o.mass), integrator, mm.Platform.getPlatformByName('Reference'))
+    context = mm.Context(openmm_system(potential, names, o.mass), integrator,
+                         mm.Platform.getPlatformByName('Reference'))
     context.setPositions(np.asarray(start, float))
     context.setVelocitiesToTemperature(o.temperature, derived_seed(o.seed, 1))
     frames = []
@@ -382,7 +409,8 @@ def openmm_run(potential: Potential,
             integrator.step(o.every)
             frames.append(context.getState(getPositions=True).getPositions(asNumpy=True)._value.astype(np.float32))
             if not np.isfinite(frames[-1]).all(): raise mm.OpenMMException('a position is not a number')
-    except mm.OpenMMException as e: raise ValueError(f'OpenMM, frame {len(frames)}: {e}; use a shorter time step') from e
+    except mm.OpenMMException as e:
+        raise ValueError(f'OpenMM, frame {len(frames)}: {e}; use a shorter time step') from e
     return np.array(frames) - np.mean(frames, 1, keepdims=True)
 
 # %% ../nbs/51_cg_simulation.ipynb #c51g0001
@@ -397,10 +425,12 @@ def pair_distances(xyz: np.ndarray,    # (T, N, 3) nm
 def msm_weights(labels: list, # clusters of the frames, (T,) int of each trajectory
                 lag: int      # frames
                 ) -> tuple:   # weights of each frame, summing to one; share of frames without one; the Markov model
-    "Weights of the stationary distribution of a Markov model of the same trajectories (deeptime). Raises ValueError where nothing is connected."
+    """Weights of the stationary distribution of a Markov model of the same trajectories (deeptime). Raises
+    ValueError where nothing is connected."""
     from deeptime.markov import TransitionCountEstimator
     from deeptime.markov.msm import MaximumLikelihoodMSM
-    if max(map(len, labels)) <= lag: raise ValueError(f'lag {lag}: the longest trajectory has {max(map(len, labels))} frames')
+    if max(map(len, labels)) <= lag:
+        raise ValueError(f'lag {lag}: the longest trajectory has {max(map(len, labels))} frames')
     counts = TransitionCountEstimator(lag, 'sliding').fit_fetch([l for l in labels if len(l) > lag]).submodel_largest()
     msm, flat = MaximumLikelihoodMSM(reversible=True).fit_fetch(counts), np.concatenate(labels)
     share = np.zeros(max(flat.max(), counts.state_symbols.max()) + 1)
@@ -441,7 +471,9 @@ class Landscape:
 
     def project(self, xyz): return (self.features(xyz) - self.mean) @ self.axes # (T, d)
     def clusters(self, y): return _nearest(y, self.centres)
-    def rmsd(self, xyz, beads=None): return md.rmsd(md.Trajectory(xyz, self.native.topology), self.native, atom_indices=beads) # (T,) nm
+    # (T,) nm
+    def rmsd(self, xyz, beads=None):
+        return md.rmsd(md.Trajectory(xyz, self.native.topology), self.native, atom_indices=beads)
 
 # %% ../nbs/51_cg_simulation.ipynb #c51g0009
 def _nearest(y, centres):
@@ -466,7 +498,8 @@ def fit_landscape(reference: list,          # (T, N, 3) nm of each trajectory
     pooled = np.concatenate(y)
     centres = _centres(pooled[::max(1, len(pooled)//20_000)], n_clusters, seed)
     span = lambda v: np.linspace(v.min() - 0.1*np.ptp(v), v.max() + 0.1*np.ptp(v), bins + 1)
-    L = Landscape(native, mean, axes, [span(pooled[:, k]) for k in range(2)], centres, None, lag, elements or {}, features)
+    L = Landscape(native, mean, axes, [span(pooled[:, k]) for k in range(2)], centres, None, lag, elements or {},
+                  features)
     L.states = _macrostates(L, reference, y, n_states)
     return L
 
@@ -505,10 +538,13 @@ def summarize(L: Landscape,
     inside = [np.clip(np.concatenate(y)[:, k], e[0], e[-1]) for k, e in enumerate(L.edges)] # nothing leaves the surface
     state, r = L.states[np.concatenate(labels)], L.rmsd(x)
     at0 = state == 0
-    share = lambda a, b: np.average(L.rmsd(x, np.arange(a, b + 1))[at0] < 0.2, weights=w[at0] + TINY) if at0.any() else np.nan
+    share = lambda a, b: np.average(L.rmsd(x, np.arange(a, b + 1))[at0] < 0.2,
+                                    weights=w[at0] + TINY) if at0.any() else np.nan
     met = np.stack([(np.linalg.norm(x - x[:, k:k+1], axis=-1) < contact).T @ w for k in range(x.shape[1])])
-    return Summary(np.histogram2d(*inside, L.edges, weights=w)[0], np.bincount(state, w, L.states.max() + 1), _half_errors(L, labels, lag), float(r.min()),
-                   float(np.average(r[at0], weights=w[at0] + TINY)) if at0.any() else np.nan, {k: share(*v) for k, v in L.elements.items()}, met, outside)
+    return Summary(np.histogram2d(*inside, L.edges, weights=w)[0], np.bincount(state, w, L.states.max() + 1),
+                   _half_errors(L, labels, lag), float(r.min()),
+                   float(np.average(r[at0], weights=w[at0] + TINY)) if at0.any() else np.nan,
+                   {k: share(*v) for k, v in L.elements.items()}, met, outside)
 
 # %% ../nbs/51_cg_simulation.ipynb #c51g0014
 def _half_errors(L, labels, lag): # kT, of each macrostate against the rest
@@ -539,8 +575,12 @@ def _halves(reference): # by trajectories, or in time where there is but one
 
 def _row(s, ref):
     odds = lambda p: math.log(max(p[0], TINY)/max(1 - p[0], TINY))
-    return {'JS (nats)': js_divergence(s.surface, ref.surface), 'F error (kT^2)': free_energy_mse(s.surface, ref.surface), 'native': s.populations[0], 'ddG (kT)': odds(s.populations) - odds(ref.populations),
-            'error (kT)': s.errors[0], 'RMSD min (nm)': s.rmsd_min, 'RMSD native (nm)': s.rmsd_mean, 'contacts': float(abs(s.contacts - ref.contacts).mean()), 'outside': s.outside} | {f'{k} < 0.2 nm': v for k, v in s.elements.items()}
+    return {'JS (nats)': js_divergence(s.surface, ref.surface),
+            'F error (kT^2)': free_energy_mse(s.surface, ref.surface), 'native': s.populations[0],
+            'ddG (kT)': odds(s.populations) - odds(ref.populations),
+            'error (kT)': s.errors[0], 'RMSD min (nm)': s.rmsd_min, 'RMSD native (nm)': s.rmsd_mean,
+            'contacts': float(abs(s.contacts - ref.contacts).mean()),
+            'outside': s.outside} | {f'{k} < 0.2 nm': v for k, v in s.elements.items()}
 
 # %% ../nbs/51_cg_simulation.ipynb #c51g0016
 def plot_surfaces(L: Landscape,
@@ -548,7 +588,9 @@ def plot_surfaces(L: Landscape,
                   axes=None):
     "Free energy on the first two coordinates, side by side; returns the axes."
     import matplotlib.pyplot as plt
-    if axes is None: axes = plt.subplots(1, len(summaries), figsize=(3*len(summaries), 2.8), layout='constrained', sharey=True, squeeze=False)[1][0]
+    if axes is None:
+        axes = plt.subplots(1, len(summaries), figsize=(3*len(summaries), 2.8), layout='constrained', sharey=True,
+                            squeeze=False)[1][0]
     for ax, (name, s) in zip(axes, summaries.items()):
         with np.errstate(divide='ignore'): F = -np.log(getattr(s, 'surface', s).T)
         im = ax.pcolormesh(*L.edges, F - F.min(), vmax=8, cmap='viridis')
@@ -558,7 +600,9 @@ def plot_surfaces(L: Landscape,
     return axes
 
 # %% ../nbs/51_cg_simulation.ipynb #c51j0001
-PROTEINS = dict(chignolin=10, trpcage=20, bba=28, wwdomain=34, villin=35, ntl9=39, bbl=47, proteinb=47, homeodomain=54, proteing=56, a3d=73, **{'lambda': 80}) # beads; `majewski_NAME_ca` holds forces, `_cg` their trajectories
+# beads; `majewski_NAME_ca` holds forces, `_cg` their trajectories
+PROTEINS = dict(chignolin=10, trpcage=20, bba=28, wwdomain=34, villin=35, ntl9=39, bbl=47, proteinb=47, homeodomain=54,
+                proteing=56, a3d=73, **{'lambda': 80})
 
 def training_data(source: str|Path,   # name of a set, of one of `PROTEINS`, or an npz file
                   every: int = 1,     # keep every n-th frame
@@ -577,13 +621,18 @@ def training_data(source: str|Path,   # name of a set, of one of `PROTEINS`, or 
 def _npz_data(path, every):
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
     with np.load(path, allow_pickle=False) as z:
-        if missing := {'xyz', 'forces', 'names'} - set(z): raise ValueError(f'{path}: has no array {", ".join(sorted(missing))}; wanted are xyz (T, N, 3) nm, forces (T, N, 3) kJ/mol/nm and names (N,)')
-        return ForceData(tuple(map(str, z['names'])), z['xyz'][::every].astype(np.float32), z['forces'][::every].astype(np.float32))
+        if missing := {'xyz', 'forces', 'names'} - set(z):
+            raise ValueError(f'{path}: has no array {", ".join(sorted(missing))}; wanted are xyz (T, N, 3) nm, forces '
+                             f'(T, N, 3) kJ/mol/nm and names (N,)')
+        return ForceData(tuple(map(str, z['names'])), z['xyz'][::every].astype(np.float32),
+                         z['forces'][::every].astype(np.float32))
 
 def _mapped(f, every, beads, name): # Frames of one trajectory
-    if getattr(f, 'forces', None) is None: raise ValueError(f'data set {name!r} has no forces; sets with forces end in _ca, or are named in chapter 17')
+    if getattr(f, 'forces', None) is None:
+        raise ValueError(f'data set {name!r} has no forces; sets with forces end in _ca, or are named in chapter 17')
     xyz, forces = f.xyz[::every], f.forces[::every]
-    if getattr(f, 'bead_types', None) is not None: return ForceData(tuple(r.name for r in f.topology.residues), xyz, forces)
+    if getattr(f, 'bead_types', None) is not None:
+        return ForceData(tuple(r.name for r in f.topology.residues), xyz, forces)
     return bead_map(f.topology, beads)(xyz, forces)
 
 # %% ../nbs/51_cg_simulation.ipynb #c51j0003
@@ -604,7 +653,8 @@ def _shipped_atoms(name, every, beads): # trajectories with forces beside them
     d, out = fetch(name, progress=False), []
     for path in d.trajectories:
         with np.load(path.with_suffix('.npz')) as z: forces = z['forces'] if 'forces' in z else None
-        if forces is None: raise ValueError(f'data set {name!r} has no forces; make one with foldbook simulate equilibrium --forces')
+        if forces is None:
+            raise ValueError(f'data set {name!r} has no forces; make one with foldbook simulate equilibrium --forces')
         t = md.load(str(path))
         out.append(bead_map(t.topology, beads)(t.xyz[::every], forces[::every]))
     return out
@@ -617,9 +667,11 @@ def mutated(names: tuple,  # of the beads
     out, three = list(names), {v: k for k, v in _LETTER.items()}
     for c in changes:
         m = re.fullmatch(r'([A-Z])(\d+)([A-Z])', c)
-        if not m or m[3] not in three: raise ValueError(f'{c!r} is no mutation; write Y2A for the second residue, Tyr to Ala')
+        if not m or m[3] not in three:
+            raise ValueError(f'{c!r} is no mutation; write Y2A for the second residue, Tyr to Ala')
         k = int(m[2]) - 1
         if not 0 <= k < len(out): raise ValueError(f'{c}: the chain has {len(out)} residues')
-        if _LETTER.get(out[k]) != m[1]: raise ValueError(f'{c}: residue {m[2]} is {out[k]}, not {three.get(m[1], m[1])}')
+        if _LETTER.get(out[k]) != m[1]:
+            raise ValueError(f'{c}: residue {m[2]} is {out[k]}, not {three.get(m[1], m[1])}')
         out[k] = three[m[3]]
     return tuple(out)

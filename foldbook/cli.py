@@ -27,7 +27,8 @@ class _Group(TyperGroup):
         except KeyboardInterrupt: message, code = 'stopped; what was finished is kept', 130
         except Exception as e:
             if debug: raise
-            message, code = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split()) or type(e).__name__, 2
+            message, code = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args
+                                         else e).split()) or type(e).__name__, 2
         print(f'error: {message}', file=sys.stderr)
         sys.exit(code)
 
@@ -43,7 +44,8 @@ def _spread(args, names):
 
 class _Lists(TyperCommand):
     "A command whose --traj, --states, --lead and --model take several values."
-    def parse_args(self, ctx, args): return super().parse_args(ctx, _spread(args, ('--traj', '--states', '--lead', '--model')))
+    def parse_args(self, ctx, args):
+        return super().parse_args(ctx, _spread(args, ('--traj', '--states', '--lead', '--model')))
 
 # %% ../nbs/61_command_line.ipynb #47581c71
 def _expand(patterns) -> list:
@@ -57,9 +59,11 @@ def _expand(patterns) -> list:
     return files
 
 # %% ../nbs/61_command_line.ipynb #a3e87d26
-app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=True, rich_markup_mode='rich', pretty_exceptions_enable=False,
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=True, rich_markup_mode='rich',
+                  pretty_exceptions_enable=False,
                   context_settings=dict(help_option_names=['-h', '--help']),
-                  epilog='Exit codes: 0 all well, 1 the coordinate FAILS, 2 bad input. Start with: [bold]foldbook run --quick[/bold]')
+                  epilog='Exit codes: 0 all well, 1 the coordinate FAILS, 2 bad input. Start with: [bold]foldbook run '
+                         '--quick[/bold]')
 
 # %% ../nbs/61_command_line.ipynb #d257b007
 def _version(value: bool):
@@ -69,8 +73,10 @@ def _version(value: bool):
         raise typer.Exit()
 
 @app.callback()
-def _main(debug: Annotated[bool, typer.Option('--debug', help='Show the traceback of an error; anywhere on the line.')]=False,
-          version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Print the version.')]=False):
+def _main(debug: Annotated[bool,
+                           typer.Option('--debug', help='Show the traceback of an error; anywhere on the line.')]=False,
+          version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True,
+                                                help='Print the version.')]=False):
     "Which one-dimensional coordinate describes folding, and is it true?"
 
 # %% ../nbs/61_command_line.ipynb #1b54ad6b
@@ -91,25 +97,32 @@ def _bad_line(path):
             try: [float(w) for w in words]
             except ValueError: return f'line {i} cannot be read as numbers: {line.strip()[:60]!r}'
             columns = columns or len(words)
-            if words and len(words) != columns: return f'line {i} has {len(words)} columns, the lines before have {columns}'
+            if words and len(words) != columns:
+                return f'line {i} has {len(words)} columns, the lines before have {columns}'
 
 # %% ../nbs/61_command_line.ipynb #0d84a05f
 def read_series(path # .npy, or text with one number a line; name:2 is the second column of a table
                ): # (T,)
-    "A time series from a file. Raises `FileNotFoundError`, or `ValueError` naming the file and line, when it is not one column of numbers."
+    """A time series from a file. Raises `FileNotFoundError`, or `ValueError` naming the file and line, when it is
+    not one column of numbers."""
     import numpy as np
     name, _, column = str(path).rpartition(':')
-    path, column = (Path(name), int(column)) if name and column.isdigit() and not Path(path).exists() else (Path(path), None)
+    path, column = (Path(name), int(column)) if name and column.isdigit() and not Path(path).exists() else (Path(path),
+                                                                                                            None)
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
     _note(f'reading {path}', path.stat().st_size > 5e7)
     try: x = np.load(path, allow_pickle=False) if path.suffix == '.npy' else _read_text(path)
     except (EOFError, OSError) as e: raise ValueError(f'{path}: cannot be read ({e})') from None
-    except ValueError as e: raise ValueError(str(e) if str(path) in str(e) else f'{path}: cannot be read as a .npy array ({e})') from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(path) in str(e) else f'{path}: cannot be read as a .npy array ({e})') from None
     if column:
-        if x.ndim != 2 or column > x.shape[1]: raise ValueError(f'{path}: has shape {x.shape}, so there is no column {column}')
+        if x.ndim != 2 or column > x.shape[1]:
+            raise ValueError(f'{path}: has shape {x.shape}, so there is no column {column}')
         x = x[:, column - 1]
     x = np.squeeze(x) if x.ndim > 1 else x
-    if x.ndim != 1: raise ValueError(f'{path}: has shape {x.shape}; one number a frame is needed (write {path}:2 for the second column)')
+    if x.ndim != 1:
+        raise ValueError(f'{path}: has shape {x.shape}; one number a frame is needed (write {path}:2 for the second '
+                         f'column)')
     return x
 
 def _note(message, show=True):
@@ -121,10 +134,13 @@ def _pair(coordinates, flags):
     "Coordinate and flag files in pairs; `--states` written first takes all names, of which the first half are flags."
     if not coordinates and len(flags) % 2 == 0: flags, coordinates = flags[:len(flags)//2], flags[len(flags)//2:]
     if len(coordinates) != len(flags):
-        raise ValueError(f'{len(coordinates)} coordinate files and {len(flags)} files of flags: one file of flags (--states) for each coordinate file')
+        raise ValueError(f'{len(coordinates)} coordinate files and {len(flags)} files of flags: one file of flags '
+                         f'(--states) for each coordinate file')
     r, f = [read_series(p) for p in coordinates], [read_series(p) for p in flags]
     for p, q, a, b in zip(coordinates, flags, r, f):
-        if len(a) != len(b): raise ValueError(f'{p} has {len(a)} frames and {q} has {len(b)}: coordinate and flags must be of the same frames')
+        if len(a) != len(b):
+            raise ValueError(f'{p} has {len(a)} frames and {q} has {len(b)}: coordinate and flags must be of the same '
+                             f'frames')
     return r, f
 
 # %% ../nbs/61_command_line.ipynb #1a19cd8c
@@ -132,7 +148,9 @@ def _with_conditions(coordinates, unfolded, folded):
     "Series in any unit, their flags from two conditions on r, and the series mapped to probabilities."
     from foldbook.committor import states_from
     from foldbook.zq import as_probability
-    if not coordinates or not (unfolded and folded): raise ValueError('give the flags of the two states with --states, or both conditions on the series, such as --unfolded "r > 0.6" --folded "r < 0.2"')
+    if not coordinates or not (unfolded and folded):
+        raise ValueError('give the flags of the two states with --states, or both conditions on the series, such as '
+                         '--unfolded "r > 0.6" --folded "r < 0.2"')
     r = [read_series(p) for p in coordinates]
     flags = states_from([x[:, None] for x in r], ['r'], unfolded, folded)
     _note('r is in its own unit: mapped to a probability by a monotone fit to the same frames before it is judged')
@@ -142,10 +160,12 @@ def _with_conditions(coordinates, unfolded, folded):
 def _zq_rows(z):
     "Heads and rows of the table over lags, as text; without a transition Z_q has no unit and T_max no value."
     scale = z.n_ab or 1
-    columns = {'lag (frames)': z.lags, **{f'Z_q{"/N_AB" if z.n_ab else ""} {k}': getattr(z.zq, k)(1) / scale for k in ('mean', 'min', 'max')}}
+    columns = {'lag (frames)': z.lags, **{f'Z_q{"/N_AB" if z.n_ab else ""} {k}': getattr(z.zq, k)(1) / scale
+                                          for k in ('mean', 'min', 'max')}}
     for name, values in (('T_max', z.t_max_per_lag), ('T_sd', z.t_sd_per_lag), ('T_ne', z.t_ne_per_lag)):
         if values is not None: columns[name] = values
-    return list(columns), [[str(int(k)), *(f'{v:.3f}' for v in row[:3]), *(f'{v:.2f}' for v in row[3:])] for k, *row in zip(*columns.values())]
+    return list(columns), [[str(int(k)), *(f'{v:.3f}' for v in row[:3]), *(f'{v:.2f}' for v in row[3:])]
+                           for k, *row in zip(*columns.values())]
 
 def _zq_summary(z, r, f):
     "Frames, transitions, statistics with their error, and the verdict in one line."
@@ -154,7 +174,9 @@ def _zq_summary(z, r, f):
     parts = [f'{z.n_frames} frames', f'{z.n_ab:g} transitions A to B']
     if z.t_max is not None: parts += [f'T_max {z.t_max:.2f}{error}', f'T_sd {z.t_sd:.2f}']
     if z.t_ne is not None: parts += [f'T_ne {z.t_ne:.2f}']
-    try: s = scores(r, f); parts += [f'log-loss {s.log_loss:.4f}', f'AUC {s.auc:.4f}']
+    try:
+        s = scores(r, f)
+        parts += [f'log-loss {s.log_loss:.4f}', f'AUC {s.auc:.4f}']
     except ValueError: pass
     return '   '.join([*parts, f'verdict: {z.verdict.label}'])
 
@@ -172,12 +194,18 @@ def _print_zq(z, summary):
     print(summary, textwrap.fill(explain(z), 118, break_on_hyphens=False), '', sep='\n')
 
 # %% ../nbs/61_command_line.ipynb #5391e951
-@app.command(cls=_Lists, epilog='Example: [bold]foldbook zq rc0.npy rc1.npy --states flags0.npy flags1.npy[/bold]; without flags: [bold]foldbook zq rmsd.txt --unfolded "r > 0.6" --folded "r < 0.2"[/bold]')
-def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.npy...', help='Series of the coordinate, one file a trajectory: .npy or text (file:2 for the second column), 0 on A and 1 on B.')]=None,
-       states: Annotated[Optional[list[str]], typer.Option('--states', help='Flags of the same frames: 0 in A, 1 in B, -1 elsewhere.')]=None,
-       unfolded: Annotated[str, typer.Option(help='Instead of flags: condition for A on the series, which is called r; the series may then be in any unit.')]='',
+@app.command(cls=_Lists, epilog='Example: [bold]foldbook zq rc0.npy rc1.npy --states flags0.npy flags1.npy[/bold]; '
+                                'without flags: [bold]foldbook zq rmsd.txt --unfolded "r > 0.6" --folded "r < '
+                                '0.2"[/bold]')
+def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.npy...', help='Series of the '
+    'coordinate, one file a trajectory: .npy or text (file:2 for the second column), 0 on A and 1 on B.')]=None,
+       states: Annotated[Optional[list[str]], typer.Option('--states', help='Flags of the same frames: 0 in A, 1 in '
+                                                           'B, -1 elsewhere.')]=None,
+       unfolded: Annotated[str, typer.Option(help='Instead of flags: condition for A on the series, which is called '
+                                                  'r; the series may then be in any unit.')]='',
        folded: Annotated[str, typer.Option(help='Instead of flags: condition for B, such as "r < 0.2".')]='',
-       lengths: Annotated[int, typer.Option(help='Frames granted to trajectories that were stopped on reaching A or B; 0: none was stopped.')]=0,
+       lengths: Annotated[int, typer.Option(help='Frames granted to trajectories that were stopped on reaching A or '
+                                                 'B; 0: none was stopped.')]=0,
        max_lag: Annotated[int, typer.Option(help='End of the ladder of lags, frames; 0 lets the data decide.')]=0,
        bootstrap: Annotated[int, typer.Option(help='Resampled sets of cycles (of short trajectories) for the error bar.')]=100,
        seed: Annotated[int, typer.Option(help='Of the resampling.')]=0,
@@ -189,9 +217,11 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
     import numpy as np
     from foldbook.zq import profile
     warnings.showwarning = lambda message, *_: _note(f'warning: {message}')
-    r, f = _pair(_expand(coordinates or []), _expand(states)) if states else _with_conditions(_expand(coordinates or []), unfolded, folded)
+    r, f = _pair(_expand(coordinates or []), _expand(states)) if states else _with_conditions(_expand(coordinates
+        or []), unfolded, folded)
     _note(f'resampling {bootstrap} times', bootstrap and sum(map(len, r)) > 2e6)
-    z = profile(r, f, lags=2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None, n_bootstrap=bootstrap, seed=seed, lengths=lengths or None)
+    z = profile(r, f, lags=2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None, n_bootstrap=bootstrap,
+                seed=seed, lengths=lengths or None)
     summary = _zq_summary(z, r, f)
     _print_zq(z, summary)
     if json_file: _write_zq_json(json_file, z)
@@ -238,9 +268,13 @@ def _write_zq_report(path, z, summary, files):
     if z.n_ab: _write_zq_figure(picture, z)
     heads, rows = _zq_rows(z)
     line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
-    page = _PAGE.format(label='yes' if z.verdict.passed else html.escape('no: ' + z.verdict.label), files=html.escape(', '.join(map(str, files or []))), explanation=html.escape(explain(z)),
-                        reason=html.escape(str(z.verdict)), figure=f'<p><img alt="Z_q over N_AB along the coordinate" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"></p>' if z.n_ab else '',
-                        limit=LIMIT, summary=html.escape(summary), table=line(heads, 'th') + ''.join(line(r, 'td') for r in rows))
+    page = _PAGE.format(label='yes' if z.verdict.passed else html.escape('no: ' + z.verdict.label),
+                        files=html.escape(', '.join(map(str, files or []))), explanation=html.escape(explain(z)),
+                        reason=html.escape(str(z.verdict)), figure=f'<p><img alt="Z_q over N_AB along the coordinate" '
+                            f'src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"></p>'
+                            if z.n_ab else '',
+                        limit=LIMIT, summary=html.escape(summary),
+                        table=line(heads, 'th') + ''.join(line(r, 'td') for r in rows))
     replacing(path, lambda p: p.write_text(page))
 
 # %% ../nbs/61_command_line.ipynb #4a84c80c
@@ -265,36 +299,51 @@ def _print_board(table):
 # %% ../nbs/61_command_line.ipynb #701ef896
 @app.command(cls=_Lists, epilog='''Examples: [bold]foldbook run[/bold] takes the shipped villin data (about four minutes on two cores).
 [bold]foldbook run --traj a.xtc b.xtc c.xtc --top native.pdb --folded "RMSD < 0.15" --unfolded "RMSD > 0.5" --out runs/mine[/bold] takes yours.''')
-def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; several values or several times.')]=None,
-        top: Annotated[Optional[str], typer.Option('--top', help='Structure with the same atoms (pdb, gro, ...), the native one unless --native is given.')]=None,
+def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; '
+                                                          'several values or several times.')]=None,
+        top: Annotated[Optional[str], typer.Option('--top', help='Structure with the same atoms (pdb, gro, ...), the '
+                                                   'native one unless --native is given.')]=None,
         native: Annotated[str, typer.Option(help='Native structure of the same protein, when --top is not native.')]='',
         features: Annotated[str, typer.Option(help='Featurizers joined by +, e.g. "default + phi + psi".')]='default',
         periodic: Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]=False,
-        data: Annotated[str, typer.Option(help='Data set when no --traj is given: a name of foldbook data list, or a directory of foldbook simulate.')]='villin_go',
+        data: Annotated[str, typer.Option(help='Data set when no --traj is given: a name of foldbook data list, or a '
+                                               'directory of foldbook simulate.')]='villin_go',
         folded: Annotated[str, typer.Option(help='Condition for B, e.g. "Q > 0.8 and RMSD < 0.2".')]='',
         unfolded: Annotated[str, typer.Option(help='Condition for A, e.g. "Q < 0.25".')]='',
         lag: Annotated[int, typer.Option(help='Lag of TICA, frames.')]=10,
         max_lag: Annotated[int, typer.Option(help='End of the Z_q ladder of lags, frames; 0: ten mean transition paths.')]=0,
-        out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Run directory. [default: runs/default, or runs/quick]')]=None,
+        out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Run directory. [default: runs/default, or '
+                                                    'runs/quick]')]=None,
         seed: Annotated[int, typer.Option(help='Of every random number.')]=0,
         stride: Annotated[int, typer.Option(help='Read every so many-th frame; lags are then in units of that.')]=1,
-        seeds: Annotated[int, typer.Option(help='How many times whatever is learned is learned, with this and the following seeds; the table shows median and range.')]=1,
-        split_seed: Annotated[Optional[int], typer.Option(help='Shuffle the trajectories before the split; without it the last ones test.')]=None,
-        students: Annotated[str, typer.Option(help='architecture:loss, separated by commas. [default: see the configuration]')]='',
-        components: Annotated[int, typer.Option(help='Combinations of all features that a student reads besides the first four; 0: its default.')]=0,
-        baselines: Annotated[str, typer.Option(help='Rivals, separated by commas; none for none. [default: logistic,msm,vampnet,srv]')]='',
+        seeds: Annotated[int, typer.Option(help='How many times whatever is learned is learned, with this and the '
+                                                'following seeds; the table shows median and range.')]=1,
+        split_seed: Annotated[Optional[int], typer.Option(help='Shuffle the trajectories before the split; without it '
+                                                          'the last ones test.')]=None,
+        students: Annotated[str, typer.Option(help='architecture:loss, separated by commas. [default: see the '
+                                                   'configuration]')]='',
+        components: Annotated[int, typer.Option(help='Combinations of all features that a student reads besides the '
+                                                     'first four; 0: its default.')]=0,
+        baselines: Annotated[str, typer.Option(help='Rivals, separated by commas; none for none. [default: '
+                                                    'logistic,msm,vampnet,srv]')]='',
         devices: Annotated[str, typer.Option(help='Accelerators for training, as Lightning takes them.')]='auto',
         workers: Annotated[int, typer.Option(help='Students and baselines trained at a time; 0: one a core.')]=0,
-        scheduler: Annotated[str, typer.Option(help='Address of a Dask scheduler that computes the features; without it, this process.')]='',
-        quick: Annotated[bool, typer.Option('--quick', help='A taste in about a minute: fewer frames, shorter training.')]=False,
+        scheduler: Annotated[str, typer.Option(help='Address of a Dask scheduler that computes the features; without '
+                                                    'it, this process.')]='',
+        quick: Annotated[bool, typer.Option('--quick',
+                                            help='A taste in about a minute: fewer frames, shorter training.')]=False,
         shooting: Annotated[str, typer.Option(help='npz of foldbook shoot, for the error to the true committor.')]='',
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Remove a run with other settings first.')]=False,
-        readme: Annotated[Optional[Path], typer.Option(help='Write the leaderboard between the marks of this file, the figure beside it.')]=None):
+        readme: Annotated[Optional[Path], typer.Option(help='Write the leaderboard between the marks of this file, '
+                                                            'the figure beside it.')]=None):
     "Features, teacher, students, judgement and report: the main job."
     from foldbook import evaluate
-    settings = dict(data=data, trajectories=tuple(_expand(traj or [])), topology=top or '', native=native, features=features, periodic=periodic, unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
-                    split_seed=split_seed, seed=seed, shooting=shooting) | (dict(students=tuple(students.split(','))) if students else {})
-    settings |= dict(seeds=seeds, stride=stride) | (dict(baselines=() if baselines == 'none' else tuple(baselines.split(','))) if baselines else {})
+    settings = dict(data=data, trajectories=tuple(_expand(traj or [])), topology=top or '', native=native,
+                    features=features, periodic=periodic, unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
+                    split_seed=split_seed, seed=seed, shooting=shooting) | (dict(students=tuple(students.split(',')))
+                                                                            if students else {})
+    settings |= dict(seeds=seeds, stride=stride) | (dict(baselines=() if baselines == 'none'
+                                                         else tuple(baselines.split(','))) if baselines else {})
     config = evaluate.quick(**settings) if quick else evaluate.Config(**settings)
     if components: config.student_options['components'] = components
     out = out or Path('runs')/('quick' if quick else 'default')
@@ -304,7 +353,8 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
     if readme: evaluate.write_readme(out, readme, readme.parent/'nbs'/'images'/'zq.png')
 
 # %% ../nbs/61_command_line.ipynb #cc78b669
-data_app = typer.Typer(cls=_Group, no_args_is_help=True, help='Data sets by name: list, info, fetch.', epilog='Example: [bold]foldbook data info villin_go[/bold]')
+data_app = typer.Typer(cls=_Group, no_args_is_help=True, help='Data sets by name: list, info, fetch.',
+                       epilog='Example: [bold]foldbook data info villin_go[/bold]')
 app.add_typer(data_app, name='data')
 
 # %% ../nbs/61_command_line.ipynb #ade9dbde
@@ -315,14 +365,17 @@ def _size(n):
         n /= 1000
 
 @data_app.command('list', epilog='Example: [bold]foldbook data list --kind shipped[/bold]')
-def data_list(kind: Annotated[Optional[str], typer.Option(help="'shipped', 'downloaded', 'generated' or 'on request'; default all.")]=None):
+def data_list(kind: Annotated[Optional[str], typer.Option(help="'shipped', 'downloaded', 'generated' or 'on request'; "
+                                                          "default all.")]=None):
     "Name, kind, size and a line about each data set."
     from foldbook.data import info, names
     from rich.console import Console
     from rich.table import Table
-    if kind and not names(kind): raise ValueError(f"--kind {kind}: choose 'shipped', 'downloaded', 'generated' or 'on request'")
+    if kind and not names(kind):
+        raise ValueError(f"--kind {kind}: choose 'shipped', 'downloaded', 'generated' or 'on request'")
     table = Table(box=None, pad_edge=False)
-    for c in ('name', 'kind', 'size', 'what'): table.add_column(c, no_wrap=c != 'what', justify='right' if c == 'size' else 'left')
+    for c in ('name', 'kind', 'size', 'what'):
+        table.add_column(c, no_wrap=c != 'what', justify='right' if c == 'size' else 'left')
     for n in names(kind):
         d = info(n)
         table.add_row(n, d.kind, _size(d.size), d.description)
@@ -347,8 +400,10 @@ def data_fetch(name: Annotated[str, typer.Argument(help='A name of foldbook data
     print(fetch(name).directory)
 
 # %% ../nbs/61_command_line.ipynb #4a9c14f8
-simulate_app = typer.Typer(cls=_Group, no_args_is_help=True, help='Make trajectories: structure-based, all atoms, steered. Stopped and started again, each goes on.',
-                           epilog='Example: [bold]foldbook simulate go --pdb 1L2Y --temperature 95 --cooperativity 2 --out trpcage[/bold]')
+simulate_app = typer.Typer(cls=_Group, no_args_is_help=True, help='Make trajectories: structure-based, all atoms, '
+                           'steered. Stopped and started again, each goes on.',
+                           epilog='Example: [bold]foldbook simulate go --pdb 1L2Y --temperature 95 --cooperativity 2 '
+                                  '--out trpcage[/bold]')
 app.add_typer(simulate_app, name='simulate')
 
 _Seed = Annotated[int, typer.Option(help='Of every random number.')]
@@ -373,7 +428,8 @@ def _model(pdb, system, chain, parameters):
     return GoModel.from_pdb(pdb, chain=chain, **given) if pdb else replace(shipped_model(system), **given)
 
 # %% ../nbs/61_command_line.ipynb #10e8dfbb
-@simulate_app.command('go', epilog='Example: [bold]foldbook simulate go --pdb 1L2Y --temperature 95 --cooperativity 2 --out trpcage --trajectories 4 --frames 2000[/bold]')
+@simulate_app.command('go', epilog='Example: [bold]foldbook simulate go --pdb 1L2Y --temperature 95 --cooperativity 2 '
+                                   '--out trpcage --trajectories 4 --frames 2000[/bold]')
 def simulate_go(pdb: _Pdb='',
                 system: Annotated[str, typer.Option(help='A shipped model instead, such as villin_go.')]='',
                 out: _Out=...,
@@ -381,19 +437,24 @@ def simulate_go(pdb: _Pdb='',
                 frames: Annotated[int, typer.Option(min=1, help='Frames of each.')]=10_000,
                 steps_per_frame: Annotated[int, typer.Option(min=1, help='Steps of 0.004 ps between frames.')]=1500,
                 seed: _Seed=1,
-                temperature: Annotated[Optional[float], typer.Option(help='Kelvin, in reduced units; default of the model 137.')]=None,
-                cooperativity: Annotated[Optional[float], typer.Option(help='Depth of the cooperative term, contact energies; default of the model 3.')]=None,
+                temperature: Annotated[Optional[float], typer.Option(help='Kelvin, in reduced units; default of the '
+                    'model 137.')]=None,
+                cooperativity: Annotated[Optional[float], typer.Option(help='Depth of the cooperative term, contact '
+                    'energies; default of the model 3.')]=None,
                 chain: Annotated[Optional[str], typer.Option(help='Chain of the structure; default the first.')]=None,
-                pack: Annotated[bool, typer.Option('--pack', help='Leave small lossless .npy.xz files, as a repository ships them, instead of .xtc.')]=False,
+                pack: Annotated[bool, typer.Option('--pack', help='Leave small lossless .npy.xz files, as a '
+                                                   'repository ships them, instead of .xtc.')]=False,
                 burn_in: Annotated[int, typer.Option(help='Frames discarded at the beginning of each.')]=200,
                 workers: _Workers=None,
                 scheduler: _Scheduler=''):
     "Make trajectories with the structure-based C-alpha model; stopped and started again, it goes on."
     from foldbook.simulation import ensemble
     model = _model(pdb, system, chain, dict(temperature=temperature, cooperativity=cooperativity))
-    files = ensemble(model, out, trajectories, frames, steps_per_frame, seed, burn_in, pack=pack, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
+    files = ensemble(model, out, trajectories, frames, steps_per_frame, seed, burn_in, pack=pack,
+                     client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
     if pack: return print(f'{len(files)} packed trajectories of {frames} frames in {out}')
-    print(f'{len(files)} trajectories of {frames} frames in {out}, {_crossings(model, files)} folding and unfolding events (Q < 0.25, Q > 0.8)')
+    print(f'{len(files)} trajectories of {frames} frames in {out}, {_crossings(model, files)} folding and unfolding '
+          f'events (Q < 0.25, Q > 0.8)')
     print(f'next: foldbook run --data {out} --out runs/{out.name}')
 
 # %% ../nbs/61_command_line.ipynb #307a1ff6
@@ -406,10 +467,12 @@ def _q(model, files):
 def _crossings(model, files):
     import numpy as np
     from foldbook.committor import count_transitions
-    return sum(count_transitions([np.where(q < .25, 0, np.where(q > .8, 1, -1)).astype(np.int8) for q in _q(model, files)]))
+    return sum(count_transitions([np.where(q < .25, 0, np.where(q > .8, 1, -1)).astype(np.int8)
+                                  for q in _q(model, files)]))
 
 # %% ../nbs/61_command_line.ipynb #c61a0002
-@simulate_app.command('scan', epilog='Example: [bold]foldbook simulate scan --pdb 1L2Y --cooperativity 2 --from 80 --to 110 --out trpcage-scan[/bold]')
+@simulate_app.command('scan', epilog='Example: [bold]foldbook simulate scan --pdb 1L2Y --cooperativity 2 --from 80 '
+                                     '--to 110 --out trpcage-scan[/bold]')
 def simulate_scan(pdb: _Pdb='',
                   system: Annotated[str, typer.Option(help='A shipped model instead, such as villin_go.')]='',
                   out: _Out=...,
@@ -418,14 +481,16 @@ def simulate_scan(pdb: _Pdb='',
                   n: Annotated[int, typer.Option('--temperatures', min=3, help='How many, evenly spaced.')]=7,
                   frames: Annotated[int, typer.Option(min=10, help='Frames of each run.')]=1000,
                   steps_per_frame: Annotated[int, typer.Option(min=1, help='Steps of 0.004 ps between frames.')]=1000,
-                  cooperativity: Annotated[Optional[float], typer.Option(help='Depth of the cooperative term, contact energies; default of the model 3.')]=None,
+                  cooperativity: Annotated[Optional[float], typer.Option(help='Depth of the cooperative term, contact '
+                      'energies; default of the model 3.')]=None,
                   chain: Annotated[Optional[str], typer.Option(help='Chain of the structure; default the first.')]=None,
                   seed: _Seed=1, workers: _Workers=None, scheduler: _Scheduler=''):
     "Find the folding temperature of a structure-based model."
     import numpy as np
     from foldbook.simulation import folding_curve, folding_temperature
     model = _model(pdb, system, chain, dict(cooperativity=cooperativity))
-    curve = folding_curve(model, out, np.linspace(low, high, n), frames, steps_per_frame, seed, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
+    curve = folding_curve(model, out, np.linspace(low, high, n), frames, steps_per_frame, seed,
+                          client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
     print(curve.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     t, error = folding_temperature(curve['T'], curve['folded'])
     print(f'folding temperature {t:.1f} +- {error:.1f} K')
@@ -434,7 +499,8 @@ def simulate_scan(pdb: _Pdb='',
 def _molecule(pdb, sequence, system, chain=None, ph=7.0, caps=False, phi_psi='extended'):
     "A complete molecule from a file, a PDB id, a sequence or a shipped data set; says what was changed."
     from foldbook.structures import peptide, prepare, report
-    if sum(map(bool, (pdb, sequence, system))) != 1: raise ValueError('say what to simulate: one of --pdb, --sequence and --system')
+    if sum(map(bool, (pdb, sequence, system))) != 1:
+        raise ValueError('say what to simulate: one of --pdb, --sequence and --system')
     if system: return _shipped_molecule(system)
     molecule = prepare(pdb, chain=chain, ph=ph, caps=caps) if pdb else peptide(sequence, phi_psi, caps=caps, ph=ph)
     print(report(molecule))
@@ -446,7 +512,8 @@ def _shipped_molecule(system):
     from foldbook.structures import load_molecule
     known = {n.removesuffix('_implicit'): n for n in names('shipped') if '_implicit' in n}
     if system not in known: raise ValueError(f'--system {system}: there are {", ".join(known)}')
-    return replace(load_molecule(fetch(known[system], progress=False).directory/'native.pdb'), name=system.split('_')[0])
+    return replace(load_molecule(fetch(known[system], progress=False).directory/'native.pdb'),
+                   name=system.split('_')[0])
 
 def _say_platform(molecule, solvent, platform):
     from foldbook.allatom import choose_platform
@@ -454,7 +521,8 @@ def _say_platform(molecule, solvent, platform):
     print(f'platform {choice.platform}: {choice.why}', flush=True)
 
 def _say_next(files, out):
-    print(f'{len(files)} trajectories in {out}: {", ".join(f.name for f in files)}; how they were made: {files[0].name}.json')
+    print(f'{len(files)} trajectories in {out}: {", ".join(f.name for f in files)}; how they were made: '
+          f'{files[0].name}.json')
 
 # %% ../nbs/61_command_line.ipynb #c61a0005a
 _ForceField = Annotated[str, typer.Option(help='ff14SBonlysc, ff14SB, ff19SB, ff99SB-ILDN, ff15ipq, fb15 or charmm36.')]
@@ -467,10 +535,12 @@ _Platform = Annotated[str, typer.Option(help='Reference, CPU, CUDA or OpenCL.')]
 _Temperature = Annotated[float, typer.Option(help='Kelvin.')]
 
 # %% ../nbs/61_command_line.ipynb #c61a0005
-@simulate_app.command('equilibrium', epilog='''Examples: [bold]foldbook simulate equilibrium --system cln025 --out cln025[/bold] is the forecasting study's protocol.
+@simulate_app.command('equilibrium',
+                      epilog='''Examples: [bold]foldbook simulate equilibrium --system cln025 --out cln025[/bold] is the forecasting study's protocol.
 [bold]foldbook simulate equilibrium --pdb 1L2Y --solvent obc2 --time-step 4 --steps 500000 --every 250 --out trpcage[/bold] is fast.''')
 def simulate_equilibrium(pdb: _Pdb='',
-                         sequence: Annotated[str, typer.Option(help='One-letter sequence instead, built as an extended chain with caps.')]='',
+                         sequence: Annotated[str, typer.Option(help='One-letter sequence instead, built as an '
+                             'extended chain with caps.')]='',
                          system: Annotated[str, typer.Option(help='A molecule of the book instead: cln025, ala2.')]='',
                          out: _Out=...,
                          steps: Annotated[int, typer.Option(min=1, help='Steps of each trajectory.')]=100_000,
@@ -485,24 +555,31 @@ def simulate_equilibrium(pdb: _Pdb='',
                          atoms: _AtomsWritten='all',
                          forces: Annotated[bool, typer.Option('--forces', help='Keep the forces of all atoms.')]=False,
                          format: _Format='h5',
-                         chain: Annotated[Optional[str], typer.Option(help='Chains of the structure, such as A or A,B; default the first.')]=None,
+                         chain: Annotated[Optional[str], typer.Option(help='Chains of the structure, such as A or '
+                             'A,B; default the first.')]=None,
                          ph: Annotated[float, typer.Option(help='Decides on protons.')]=7.,
                          platform: _Platform='auto',
-                         full: Annotated[bool, typer.Option('--full', help="The forecasting study's own molecule: adenylate kinase (PDB 4AKE, chain A; the file with --pdb, or by network).")]=False,
+                         full: Annotated[bool, typer.Option('--full', help="The forecasting study's own molecule: "
+                                                            "adenylate kinase (PDB 4AKE, chain A; the file with "
+                                                            "--pdb, or by network).")]=False,
                          seed: _Seed=1, workers: _Workers=None, scheduler: _Scheduler=''):
     "Run a molecule at rest in implicit solvent."
     from foldbook.allatom import equilibrium
     if full: pdb, chain, atoms = pdb or '4AKE', chain or 'A', 'CA'
     molecule = _molecule(pdb, sequence, system, chain, ph, caps=bool(sequence))
     _say_platform(molecule, solvent, platform)
-    files = equilibrium(molecule, out, n_frames=steps//every, steps_per_frame=every, n_trajectories=trajectories, seed=seed, burn_in=burn_in//every, atoms=atoms, keep=('energy',) + ('forces',)*forces,
+    files = equilibrium(molecule, out, n_frames=steps//every, steps_per_frame=every, n_trajectories=trajectories,
+                        seed=seed, burn_in=burn_in//every, atoms=atoms, keep=('energy',) + ('forces',)*forces,
                         suffix=f'.{format}', client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(),
-                        force_field=force_field, solvent=solvent, temperature=temperature, time_step=time_step/1000, cutoff=cutoff, platform=platform)
+                        force_field=force_field, solvent=solvent, temperature=temperature, time_step=time_step/1000,
+                        cutoff=cutoff, platform=platform)
     _say_next(files, out)
 
 # %% ../nbs/61_command_line.ipynb #c61a0006
-@simulate_app.command('peptide', epilog='Examples: [bold]foldbook simulate peptide A --out ala2[/bold] is alanine dipeptide; [bold]foldbook simulate peptide AAAAA --out ala5[/bold]')
-def simulate_peptide(sequence: Annotated[str, typer.Argument(help='One-letter sequence; A with caps is alanine dipeptide.')]='A',
+@simulate_app.command('peptide', epilog='Examples: [bold]foldbook simulate peptide A --out ala2[/bold] is alanine '
+                                        'dipeptide; [bold]foldbook simulate peptide AAAAA --out ala5[/bold]')
+def simulate_peptide(sequence: Annotated[str, typer.Argument(help='One-letter sequence; A with caps is alanine '
+    'dipeptide.')]='A',
                      out: _Out=...,
                      frames: Annotated[int, typer.Option(min=1, help='Frames of each trajectory.')]=5000,
                      steps_per_frame: Annotated[int, typer.Option(min=1, help='Steps between frames.')]=500,
@@ -523,19 +600,26 @@ def simulate_peptide(sequence: Annotated[str, typer.Argument(help='One-letter se
     molecule = _molecule('', sequence, '', caps=caps, phi_psi='helix' if helix else 'extended')
     if sequence == 'A' and caps: molecule = replace(molecule, name='ala2')
     _say_platform(molecule, solvent, platform)
-    files = equilibrium(molecule, out, n_frames=frames, steps_per_frame=steps_per_frame, n_trajectories=trajectories, seed=seed, burn_in=burn_in, keep=('energy', 'forces'), suffix=f'.{format}',
-                        client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(), force_field=force_field, solvent=solvent, temperature=temperature, time_step=time_step/1000, platform=platform)
+    files = equilibrium(molecule, out, n_frames=frames, steps_per_frame=steps_per_frame, n_trajectories=trajectories,
+                        seed=seed, burn_in=burn_in, keep=('energy', 'forces'), suffix=f'.{format}',
+                        client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(),
+                        force_field=force_field, solvent=solvent, temperature=temperature, time_step=time_step/1000,
+                        platform=platform)
     _say_next(files, out)
 
 # %% ../nbs/61_command_line.ipynb #c61a0008
-@simulate_app.command('smd', epilog='Examples: [bold]foldbook simulate smd --residues 12 --replicas 3 --out ala12[/bold]; [bold]foldbook simulate smd --full --out ala100[/bold] is the published pull of 100 alanines.')
+@simulate_app.command('smd', epilog='Examples: [bold]foldbook simulate smd --residues 12 --replicas 3 --out '
+                                    'ala12[/bold]; [bold]foldbook simulate smd --full --out ala100[/bold] is the '
+                                    'published pull of 100 alanines.')
 def simulate_smd(pdb: _Pdb='',
                  residues: Annotated[int, typer.Option(min=3, help='Alanines of the helix.')]=20,
                  out: _Out=...,
                  replicas: Annotated[int, typer.Option(min=1, help='Pulls, each with its own random numbers.')]=3,
-                 spring: Annotated[float, typer.Option(help='Constant of the trap, kJ/mol/nm^2; 2928.8 is 7 kcal/mol/A^2.')]=2928.8,
+                 spring: Annotated[float, typer.Option(help='Constant of the trap, kJ/mol/nm^2; 2928.8 is 7 '
+                                                            'kcal/mol/A^2.')]=2928.8,
                  speed: Annotated[float, typer.Option(help='Of the trap, nm/ps; 0.02 is 0.2 A/ps.')]=.02,
-                 target: Annotated[Optional[float], typer.Option(help='Where the trap ends, nm; default 0.36 a residue.')]=None,
+                 target: Annotated[Optional[float],
+                                   typer.Option(help='Where the trap ends, nm; default 0.36 a residue.')]=None,
                  every: Annotated[int, typer.Option(min=1, help='Steps between frames.')]=25,
                  still: Annotated[int, typer.Option(help='Frames before the trap moves, not written.')]=200,
                  force_field: _ForceField='ff14SB',
@@ -555,19 +639,25 @@ def simulate_smd(pdb: _Pdb='',
     if full: residues, cutoff = 100, 1.6
     molecule = prepare(pdb) if pdb else replace(peptide('A'*residues, 'helix', caps=False), name=f'ala{residues}')
     _say_platform(molecule, solvent, platform)
-    files = smd(molecule, out, replicas, target, every, still, seed, atoms, f'.{format}', _client(scheduler), workers, sys.stderr.isatty(), force_field=force_field, solvent=solvent,
-                temperature=temperature, time_step=time_step/1000, cutoff=cutoff, spring_constant=spring, speed=speed, platform=platform)
+    files = smd(molecule, out, replicas, target, every, still, seed, atoms, f'.{format}', _client(scheduler), workers,
+                sys.stderr.isatty(), force_field=force_field, solvent=solvent,
+                temperature=temperature, time_step=time_step/1000, cutoff=cutoff, spring_constant=spring, speed=speed,
+                platform=platform)
     work = pulls([f.with_suffix('.npz') for f in files])['work'][:, -1]
     _say_next(files, out)
     print(f'work: {", ".join(f"{w:.0f}" for w in work)} kJ/mol')
 
 # %% ../nbs/61_command_line.ipynb #c61a000a
-@simulate_app.command('benchmark', epilog='Example: [bold]foldbook simulate benchmark --seconds 2 --json speed.json[/bold]')
-def simulate_benchmark(pdb: Annotated[Optional[list[str]], typer.Option(help='Structures to add, several times for several.')]=None,
+@simulate_app.command('benchmark', epilog='Example: [bold]foldbook simulate benchmark --seconds 2 --json '
+                                          'speed.json[/bold]')
+def simulate_benchmark(pdb: Annotated[Optional[list[str]], typer.Option(help='Structures to add, several times for '
+    'several.')]=None,
                        seconds: Annotated[float, typer.Option(min=.01, help='To measure each case for.')]=1.,
                        full: Annotated[bool, typer.Option('--full', help='Helices of 10 and 100 alanines too.')]=False,
-                       json_file: Annotated[Optional[Path], typer.Option('--json', help='Write the table to this file.')]=None):
-    "Steps a second of molecules and of the structure-based model on every platform that works here, and which one is chosen."
+                       json_file: Annotated[Optional[Path],
+                                            typer.Option('--json', help='Write the table to this file.')]=None):
+    """Steps a second of molecules and of the structure-based model on every platform that works here, and which one
+    is chosen."""
     from foldbook.allatom import benchmark, save_benchmark
     table = benchmark(_benchmark_molecules(pdb or [], full), seconds=seconds, progress=sys.stderr.isatty())
     print(table.to_string(index=False))
@@ -581,17 +671,22 @@ def _benchmark_molecules(pdb, full):
 
 # %% ../nbs/61_command_line.ipynb #e30023c0
 @app.command(epilog='Example: [bold]foldbook shoot trpcage --trajectory 3 --frames 60 --shots 40[/bold]')
-def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simulate go wrote, or the name of a shipped data set.')],
-          trajectory: Annotated[Optional[list[int]], typer.Option(help='Trajectories to take frames from, several times for several; default those of the test part.')]=None,
+def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simulate go wrote, or the name of a '
+                                                   'shipped data set.')],
+          trajectory: Annotated[Optional[list[int]], typer.Option(help='Trajectories to take frames from, several '
+              'times for several; default those of the test part.')]=None,
           frames: Annotated[int, typer.Option(min=1, help='Frames, evenly over Q between the states.')]=60,
           shots: Annotated[int, typer.Option(min=2, help='Simulations from each.')]=40,
-          target_error: Annotated[Optional[float], typer.Option(help='Go on with the frames whose standard error is larger, up to --max-shots each.')]=None,
+          target_error: Annotated[Optional[float], typer.Option(help='Go on with the frames whose standard error is '
+              'larger, up to --max-shots each.')]=None,
           max_shots: Annotated[int, typer.Option(help='With --target-error: at most so many from a frame.')]=400,
-          steps_per_frame: Annotated[int, typer.Option(min=1, help='Steps between looks at Q; as in the trajectories.')]=1500,
+          steps_per_frame: Annotated[int,
+              typer.Option(min=1, help='Steps between looks at Q; as in the trajectories.')]=1500,
           unfolded: Annotated[float, typer.Option(help='A shot ends in A when Q is below.')]=.25,
           folded: Annotated[float, typer.Option(help='A shot ends in B when Q is above.')]=.8,
           seed: _Seed=0,
-          out: Annotated[Optional[Path], typer.Option('--out', '-o', help='npz to write. [default: shooting.npz in the directory]')]=None,
+          out: Annotated[Optional[Path], typer.Option('--out', '-o', help='npz to write. [default: shooting.npz in '
+                                                      'the directory]')]=None,
           workers: _Workers=None,
           scheduler: _Scheduler=''):
     "Estimate the committor of chosen frames by fresh simulations; stopped and started again, it goes on."
@@ -602,11 +697,15 @@ def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simu
     chosen = choose_frames(q, _test_trajectories(q, trajectory), frames, unfolded, folded, seed)
     out = out or home/'shooting.npz'
     partial = out.with_name(out.name + '.part.npz')
-    done = shoot(model, _frames(model, files, chosen), shots, seed, partial, client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty(),
-                 steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded, target_error=target_error, max_shots=max_shots)
-    _write_shots(out, partial, chosen, outcomes=done, seed=seed, steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded, shots=shots, **({} if target_error is None else dict(target_error=target_error)))
+    done = shoot(model, _frames(model, files, chosen), shots, seed, partial, client=_client(scheduler),
+                 n_workers=workers, progress=sys.stderr.isatty(),
+                 steps_per_frame=steps_per_frame, unfolded=unfolded, folded=folded, target_error=target_error,
+                 max_shots=max_shots)
+    _write_shots(out, partial, chosen, outcomes=done, seed=seed, steps_per_frame=steps_per_frame, unfolded=unfolded,
+                 folded=folded, shots=shots, **({} if target_error is None else dict(target_error=target_error)))
     p, se = committor_estimate(done)
-    print(f'{frames} frames, {int((done > -2).sum())} shots -> {out}: committor from {np.nanmin(p):.2f} to {np.nanmax(p):.2f}, typical error {np.nanmean(se):.2f}')
+    print(f'{frames} frames, {int((done > -2).sum())} shots -> {out}: committor from {np.nanmin(p):.2f} to '
+          f'{np.nanmax(p):.2f}, typical error {np.nanmean(se):.2f}')
 
 # %% ../nbs/61_command_line.ipynb #249d7b1e
 def _ensemble_of(data):
@@ -617,12 +716,15 @@ def _ensemble_of(data):
         from foldbook.data import fetch
         d = fetch(data, progress=False)
         return Path('.'), shipped_model(data), d.trajectories
-    if not (home/'model.json').exists(): raise FileNotFoundError(f'{home/"model.json"}: not there; shooting needs a directory that foldbook simulate wrote')
+    if not (home/'model.json').exists():
+        raise FileNotFoundError(f'{home/"model.json"}: not there; shooting needs a directory that foldbook simulate '
+                                f'wrote')
     return home, GoModel.load(home/'model.json'), sorted(home.glob('*.xtc'), key=lambda p: (len(p.name), p.name))
 
 def _test_trajectories(q, trajectory):
     from foldbook.evaluate import split
-    if bad := [k for k in trajectory or [] if not 0 <= k < len(q)]: raise ValueError(f'--trajectory {bad[0]}: there are {len(q)}, counted from 0')
+    if bad := [k for k in trajectory or [] if not 0 <= k < len(q)]:
+        raise ValueError(f'--trajectory {bad[0]}: there are {len(q)}, counted from 0')
     if trajectory: return trajectory
     s = split([len(v) for v in q])
     return sorted({s.blocks[b][0] for b in s.test})
@@ -642,12 +744,17 @@ def _write_shots(out, partial, chosen, **arrays):
 # %% ../nbs/61_command_line.ipynb #f0c20b
 @app.command(cls=_Lists, epilog='''Examples: [bold]foldbook forecast[/bold] is chignolin at rest, by an LSTM.
 [bold]foldbook forecast --traj a.xtc b.xtc c.xtc --top native.pdb --lead 1 5 15 60 120 --history 5 --model lstm transformer --out forecast[/bold] judges on c.xtc.''')
-def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; of three or more the last is the test and the one before decides when to stop.')]=None,
+def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; '
+    'of three or more the last is the test and the one before decides when to stop.')]=None,
              top: Annotated[str, typer.Option('--top', help='Structure that names the atoms.')]='',
-             data: Annotated[str, typer.Option(help='A data set of the book, when there is no --traj: cln025_implicit, cln025_implicit_10fs, ala_smd, ...')]='cln025_implicit',
-             lead: Annotated[Optional[list[int]], typer.Option(min=1, help='Frames ahead; several. Default 1 5 15 60 120.')]=None,
+             data: Annotated[str, typer.Option(help='A data set of the book, when there is no --traj: '
+                                                    'cln025_implicit, cln025_implicit_10fs, ala_smd, ...')]='cln025_implicit',
+             lead: Annotated[Optional[list[int]], typer.Option(min=1, help='Frames ahead; several. Default 1 5 15 60 '
+                 '120.')]=None,
              history: Annotated[int, typer.Option(min=1, help='Frames that a forecast reads.')]=5,
-             model: Annotated[Optional[list[str]], typer.Option(help='lstm, gru, ffn, transformer, stacked, lstm_alone, lstm_coordinate, lstm_structure, var, arima, ..., or all; static, mean, shrink and ar are always there.')]=None,
+             model: Annotated[Optional[list[str]], typer.Option(help='lstm, gru, ffn, transformer, stacked, '
+                 'lstm_alone, lstm_coordinate, lstm_structure, var, arima, ..., or all; static, mean, shrink and ar '
+                 'are always there.')]=None,
              atoms: Annotated[str, typer.Option(help='ca, carbon, heavy or all.')]='ca',
              stride: Annotated[int, typer.Option(min=1, help='Keep every n-th frame.')]=1,
              align: Annotated[bool, typer.Option(help='Superpose on the mean structure of the training part.')]=True,
@@ -656,21 +763,27 @@ def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='T
     "Forecast the motion of atoms, and say how much better than nothing it is."
     from foldbook import forecast as fc
     from foldbook.data import fetch
-    if bool(traj) != bool(top): raise ValueError('--traj and --top go together: the trajectories and a structure with the same atoms')
-    files, names = (_expand(traj), top) if traj else ((d := fetch(data, progress=sys.stderr.isatty())).trajectories, d.topology)
+    if bool(traj) != bool(top):
+        raise ValueError('--traj and --top go together: the trajectories and a structure with the same atoms')
+    files, names = (_expand(traj), top) if traj else ((d := fetch(data, progress=sys.stderr.isatty())).trajectories,
+                                                      d.topology)
     series, step = fc.read_positions(files, names, atoms, stride, periodic, sys.stderr.isatty())
     models = tuple(fc.FORECASTERS) if model and 'all' in model else ('mean', 'shrink', 'ar', *(model or ['lstm']))
     options = {m: dict(seed=seed) for m in models if m in fc.NETWORKS}
-    result = fc.compare(series, tuple(dict.fromkeys(lead or fc.LEADS)), models, history, align, options, out, _client(scheduler), workers, sys.stderr.isatty())
+    result = fc.compare(series, tuple(dict.fromkeys(lead or fc.LEADS)), models, history, align, options, out,
+                        _client(scheduler), workers, sys.stderr.isatty())
     table = fc.write_report(result, out, step)
-    print(f'{len(series)} trajectories, {series[0].shape[1]} atoms, {step:g} ps a frame; RMSD over that of the static forecast, with bootstrap error:')
+    print(f'{len(series)} trajectories, {series[0].shape[1]} atoms, {step:g} ps a frame; RMSD over that of the static '
+          f'forecast, with bootstrap error:')
     print(fc.show_table(table).to_string())
     print('one-frame optimum:', ', '.join(f'lead {l} {v:.3f}' for l, v in result.optimum.items()))
     print(f'{out}/forecast.csv, ratios.png, errors.png, and the forecasters in lead-*/')
 
 # %% ../nbs/61_command_line.ipynb #c9pr0001
-propagate_app = typer.Typer(cls=_Group, no_args_is_help=True, help='A stochastic propagator of protein structures: train, run, evaluate.',
-                            epilog="Example: [bold]foldbook propagate train --system 'ala2/ala2-[012].h5' --out model[/bold], then run, evaluate")
+propagate_app = typer.Typer(cls=_Group, no_args_is_help=True, help='A stochastic propagator of protein structures: '
+                            'train, run, evaluate.',
+                            epilog="Example: [bold]foldbook propagate train --system 'ala2/ala2-[012].h5' --out "
+                                   "model[/bold], then run, evaluate")
 app.add_typer(propagate_app, name='propagate')
 
 def _trajectories(patterns, top='', stride=1): # of files with their own topology, or with that of `top`
@@ -687,40 +800,53 @@ def _motions(systems, stride): # name -> Motion
     return found
 
 # %% ../nbs/61_command_line.ipynb #c9pr0002
-@propagate_app.command('train', cls=_Lists, epilog='''Examples: [bold]foldbook propagate train --system 'ala2/ala2-[012].h5' --out model[/bold];
+@propagate_app.command('train', cls=_Lists,
+    epilog='''Examples: [bold]foldbook propagate train --system 'ala2/ala2-[012].h5' --out model[/bold];
 [bold]foldbook propagate train --traj a.xtc b.xtc --top native.pdb --lag 1 --lag 10 --out model[/bold];
 [bold]foldbook propagate train --system 'AVG/*.h5' --system 'GAV/*.h5' --start typical --out general[/bold] can be run on other sequences.''')
-def propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='Files of one molecule with their own topology, a quoted pattern; several times for several molecules.')]=None,
-                    traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files of one molecule instead.')]=None,
+def propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='Files of one molecule with their own '
+    'topology, a quoted pattern; several times for several molecules.')]=None,
+                    traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files of one '
+                        'molecule instead.')]=None,
                     top: Annotated[str, typer.Option('--top', help='Structure that names the atoms of --traj.')]='',
-                    lag: Annotated[Optional[list[int]], typer.Option(min=1, help='Frames a jump; several times for several. Default 1.')]=None,
+                    lag: Annotated[Optional[list[int]], typer.Option(min=1, help='Frames a jump; several times for '
+                        'several. Default 1.')]=None,
                     stride: Annotated[int, typer.Option(min=1, help='Keep every n-th frame.')]=1,
-                    start: Annotated[str, typer.Option(help='own: a linear start for each molecule; typical: one for each kind of residue.')]='own',
+                    start: Annotated[str, typer.Option(help='own: a linear start for each molecule; typical: one for '
+                                                            'each kind of residue.')]='own',
                     width: Annotated[int, typer.Option(help='Of a token.')]=64,
                     layers: Annotated[int, typer.Option(min=1, help='Of attention.')]=2,
                     steps: Annotated[int, typer.Option(min=1, help='Of each of the two networks, at most.')]=2000,
                     batch_size: Annotated[int, typer.Option(min=1, help='Pairs of frames.')]=256,
-                    cartesian: Annotated[float, typer.Option(help='Weight of how fast distances change; 0 is faster, for short peptides.')]=0.1,
+                    cartesian: Annotated[float, typer.Option(help='Weight of how fast distances change; 0 is faster, '
+                        'for short peptides.')]=0.1,
                     accelerator: Annotated[str, typer.Option(help='cpu, gpu or auto.')]='cpu',
                     out: _Out=..., seed: _Seed=0):
     "Learn the density of jumps; the last fifth of each trajectory decides when to stop."
     from foldbook.propagator import Propagator, motion
-    if bool(system) == bool(traj) or bool(traj) != bool(top): raise ValueError('give --system, or --traj and --top together')
+    if bool(system) == bool(traj) or bool(traj) != bool(top):
+        raise ValueError('give --system, or --traj and --top together')
     motions = _motions(system, stride) if system else {Path(top).stem: motion(_trajectories(traj, top, stride))}
-    p = Propagator(lags=tuple(lag or [1]), start=start, width=width, layers=layers, steps=steps, batch_size=batch_size, cartesian=cartesian, accelerator=accelerator, seed=seed).fit(motions, progress=sys.stderr.isatty())
+    p = Propagator(lags=tuple(lag or [1]), start=start, width=width, layers=layers, steps=steps, batch_size=batch_size,
+                   cartesian=cartesian, accelerator=accelerator, seed=seed).fit(motions, progress=sys.stderr.isatty())
     p.save(out)
     best = {k: min(r['held_out'] for r in rows) for k, rows in p.history.items()}
-    print(f'{", ".join(f"{k} ({len(m)} frames)" for k, m in motions.items())}, {p.step:g} ps a frame -> {out}: held-out density {-best["density"]:.3f} nats a column, error of the flow {best["flow"]:.3f}')
+    print(f'{", ".join(f"{k} ({len(m)} frames)" for k, m in motions.items())}, {p.step:g} ps a frame -> {out}: '
+          f'held-out density {-best["density"]:.3f} nats a column, error of the flow {best["flow"]:.3f}')
 
 # %% ../nbs/61_command_line.ipynb #c9pr0003
-@propagate_app.command('run', epilog='Example: [bold]foldbook propagate run model --start ala2/ala2-3.h5 --replicas 8 --frames 5000 --out made[/bold]; stopped and started again, it goes on.')
+@propagate_app.command('run', epilog='Example: [bold]foldbook propagate run model --start ala2/ala2-3.h5 --replicas 8 '
+                                     '--frames 5000 --out made[/bold]; stopped and started again, it goes on.')
 def propagate_run(model: Annotated[Path, typer.Argument(help='Directory that foldbook propagate train wrote.')],
-                  start: Annotated[str, typer.Option(help='Frames to start from, taken evenly; and those that say what is in bounds.')]=...,
+                  start: Annotated[str, typer.Option(help='Frames to start from, taken evenly; and those that say '
+                                                          'what is in bounds.')]=...,
                   top: Annotated[str, typer.Option('--top', help='Structure that names the atoms of --start.')]='',
-                  molecule: Annotated[str, typer.Option(help='One that it was trained on, or a new name with a model of --start typical; default the only one.')]='',
+                  molecule: Annotated[str, typer.Option(help='One that it was trained on, or a new name with a model '
+                                                        'of --start typical; default the only one.')]='',
                   frames: Annotated[int, typer.Option(min=1, help='Of each replica.')]=1000,
                   replicas: Annotated[int, typer.Option(min=1, help='In one batch.')]=8,
-                  lag: Annotated[Optional[int], typer.Option(min=1, help='One it was trained for; default the first.')]=None,
+                  lag: Annotated[Optional[int], typer.Option(min=1,
+                                                             help='One it was trained for; default the first.')]=None,
                   bounded: Annotated[bool, typer.Option(help='Draw jumps again that leave the bounds of --start.')]=True,
                   out: _Out=..., seed: _Seed=0):
     "Jump after jump, into xtc files of all heavy atoms."
@@ -732,17 +858,25 @@ def propagate_run(model: Annotated[Path, typer.Argument(help='Directory that fol
     m = motion(_trajectories([start], top), p.motions.get(name))
     if name not in p.motions: p.adopt(name, m)
     x = torch.cat(m.series)
-    made = run(p, name, x[torch.linspace(0, len(x) - 1, replicas).long()], frames, lag, bounds_of(m) if bounded else None, seed=seed, directory=out, progress=sys.stderr.isatty())
+    made = run(p, name, x[torch.linspace(0, len(x) - 1, replicas).long()], frames, lag,
+               bounds_of(m) if bounded else None, seed=seed, directory=out, progress=sys.stderr.isatty())
     total = made.out.sum()
-    print(f'{replicas} replicas of {frames} frames, {made.lag_ps:g} ps a frame -> {out}: {total["drawn again"]} of {total["jumps"]} jumps drawn again, {made.valid:.1%} of frames within bounds')
+    print(f'{replicas} replicas of {frames} frames, {made.lag_ps:g} ps a frame -> {out}: {total["drawn again"]} of '
+          f'{total["jumps"]} jumps drawn again, {made.valid:.1%} of frames within bounds')
 
 # %% ../nbs/61_command_line.ipynb #c9pr0004
-@propagate_app.command('evaluate', cls=_Lists, epilog="Example: [bold]foldbook propagate evaluate --traj made/ala2-*.xtc --top made/ala2.pdb --train 'ala2/ala2-[012].h5' --reference ala2/ala2-3.h5 --out verdict[/bold]")
+@propagate_app.command('evaluate', cls=_Lists, epilog="Example: [bold]foldbook propagate evaluate --traj "
+                                                      "made/ala2-*.xtc --top made/ala2.pdb --train "
+                                                      "'ala2/ala2-[012].h5' --reference ala2/ala2-3.h5 --out "
+                                                      "verdict[/bold]")
 def propagate_evaluate(traj: Annotated[list[str], typer.Option('--traj', help='Made trajectories.')]=...,
                        top: Annotated[str, typer.Option('--top', help='Structure that names their atoms.')]=...,
-                       train: Annotated[str, typer.Option(help='Molecular dynamics that was trained on, a quoted pattern of files.')]=...,
-                       reference: Annotated[str, typer.Option(help='Molecular dynamics that was not, with the same spacing as the made trajectories.')]=...,
-                       reference_top: Annotated[str, typer.Option(help='Structure that names the atoms of both, where files do not.')]='',
+                       train: Annotated[str, typer.Option(help='Molecular dynamics that was trained on, a quoted '
+                                                          'pattern of files.')]=...,
+                       reference: Annotated[str, typer.Option(help='Molecular dynamics that was not, with the same '
+                           'spacing as the made trajectories.')]=...,
+                       reference_top: Annotated[str, typer.Option(help='Structure that names the atoms of both, where '
+                           'files do not.')]='',
                        lag: Annotated[int, typer.Option(min=1, help='Frames, of slow modes.')]=5,
                        out: _Out=..., seed: _Seed=0):
     "Set made trajectories beside molecular dynamics, the best linear dynamics, and controls that must fail."
@@ -750,17 +884,21 @@ def propagate_evaluate(traj: Annotated[list[str], typer.Option('--traj', help='M
     from foldbook.propagation import bounds_of, evaluate
     from foldbook.propagator import motion
     known = motion(_trajectories([train], reference_top))
-    table = evaluate({'made': motion(_trajectories(traj, top), known)}, known, motion(_trajectories([reference], reference_top), known), lag, bounds_of(known), seed)
+    table = evaluate({'made': motion(_trajectories(traj, top), known)}, known,
+                     motion(_trajectories([reference], reference_top), known), lag, bounds_of(known), seed)
     replacing(out/'evaluation.csv', lambda p: table.to_csv(p))
     print(table.drop(columns='fault').astype(float).round(3).to_string())
     for name, fault in table.fault.items(): print(f'{name}: {fault}')
 
 # %% ../nbs/61_command_line.ipynb #c9cg0001
-cg_app = typer.Typer(cls=_Group, no_args_is_help=True, help='Coarse-grained potentials: prior, train, simulate, compare.',
-                     epilog='Example: [bold]foldbook cg prior villin_go --temperature 137 --out villin[/bold], then train, simulate, compare')
+cg_app = typer.Typer(cls=_Group, no_args_is_help=True, help='Coarse-grained potentials: prior, train, simulate, '
+                                                            'compare.',
+                     epilog='Example: [bold]foldbook cg prior villin_go --temperature 137 --out villin[/bold], then '
+                            'train, simulate, compare')
 app.add_typer(cg_app, name='cg')
 
-_Sources = Annotated[list[str], typer.Argument(metavar='SOURCE...', help='Sets with forces by name, or npz files; several make one general model.')]
+_Sources = Annotated[list[str], typer.Argument(metavar='SOURCE...', help='Sets with forces by name, or npz files; '
+                                               'several make one general model.')]
 _Every = Annotated[int, typer.Option(min=1, help='Keep every n-th frame.')]
 _Beads = Annotated[str, typer.Option(help='Of sets with all atoms: ca, backbone, or a selection in quotes.')]
 
@@ -769,12 +907,15 @@ def _forces(sources, every, beads):
     return [d for s in sources for d in training_data(s, every, beads, sys.stderr.isatty())]
 
 # %% ../nbs/61_command_line.ipynb #c9cg0003
-@cg_app.command('prior', epilog='Examples: [bold]foldbook cg prior chignolin --out chignolin[/bold] is the paper\'s protocol; [bold]foldbook cg prior villin_go --temperature 137 --every 10 --angles --out villin[/bold]')
+@cg_app.command('prior', epilog='Examples: [bold]foldbook cg prior chignolin --out chignolin[/bold] is the paper\'s '
+                                'protocol; [bold]foldbook cg prior villin_go --temperature 137 --every 10 --angles '
+                                '--out villin[/bold]')
 def cg_prior(sources: _Sources,
              out: _Out=...,
              temperature: Annotated[float, typer.Option(help='Of the simulation that gave the frames, K.')]=350.,
              every: _Every=1, beads: _Beads='ca',
-             angles: Annotated[bool, typer.Option('--angles', help='Add harmonic angles, and dihedrals by residue.')]=False,
+             angles: Annotated[bool, typer.Option('--angles',
+                                                  help='Add harmonic angles, and dihedrals by residue.')]=False,
              damping: Annotated[float, typer.Option(help='Of dihedrals near a straight triple; 0 as in the paper.')]=0.1,
              table: Annotated[str, typer.Option(help='Numbers of residues: protein-thermodynamics or torchmd-cg.')]='protein-thermodynamics',
              yaml: Annotated[Optional[Path], typer.Option(help="Write the prior in the authors' layout too.")]=None):
@@ -783,15 +924,21 @@ def cg_prior(sources: _Sources,
     from foldbook.committor import replacing
     if table not in cg.TABLES: raise ValueError(f'--table {table}: there are {", ".join(cg.TABLES)}')
     chains = _forces(sources, every, beads)
-    terms = dict(bonds={}, repulsion={}, angles=dict(minimum=200), dihedrals=dict(waves=3, minimum=200)) if angles else None
+    terms = dict(bonds={}, repulsion={}, angles=dict(minimum=200),
+                 dihedrals=dict(waves=3, minimum=200)) if angles else None
     prior, fits = cg.fit_prior(chains, temperature, terms, damping)
     cg.Potential(prior, cg.TABLES[table], temperature=temperature).save(out)
     if yaml: cg.write_prior(prior, yaml)
-    replacing(out/'ranges.png', lambda p: cg.plot_inversions([f for f in fits if f.term in ('angles', 'dihedrals') or f.key == '*'] or fits[:8]).flat[0].figure.savefig(p, format='png', dpi=110))
-    print(f'{sum(map(len, chains))} frames of {len(chains)} trajectories -> {out}: {", ".join(f"{sum(f.term == t for f in fits)} {t}" for t in cg.FITS)}; fit ranges in ranges.png')
+    replacing(out/'ranges.png', lambda p: cg.plot_inversions([f
+        for f in fits if f.term in ('angles', 'dihedrals') or f.key == '*'] or fits[:8]).flat[0].figure.savefig(p,
+            format='png', dpi=110))
+    print(f'{sum(map(len, chains))} frames of {len(chains)} trajectories -> {out}: '
+          f'{", ".join(f"{sum(f.term == t for f in fits)} {t}" for t in cg.FITS)}; fit ranges in ranges.png')
 
 # %% ../nbs/61_command_line.ipynb #c9cg0004
-@cg_app.command('train', epilog='Examples: [bold]foldbook cg train chignolin --prior chignolin --paper --out chignolin-net[/bold]; [bold]foldbook cg train villin_go --every 20 --prior villin --size 32x2 --epochs 5 --out villin-net[/bold]')
+@cg_app.command('train', epilog='Examples: [bold]foldbook cg train chignolin --prior chignolin --paper --out '
+                                'chignolin-net[/bold]; [bold]foldbook cg train villin_go --every 20 --prior villin '
+                                '--size 32x2 --epochs 5 --out villin-net[/bold]')
 def cg_train(sources: _Sources,
              prior: Annotated[Path, typer.Option(help='Directory that foldbook cg prior wrote.')]=...,
              out: _Out=...,
@@ -801,7 +948,8 @@ def cg_train(sources: _Sources,
              learning_rate: Annotated[float, typer.Option(help='At the start.')]=4e-3,
              lower: Annotated[float, typer.Option(help='Distance below which only the prior acts, nm.')]=0.3,
              upper: Annotated[float, typer.Option(help='Cutoff, nm.')]=1.2,
-             paper: Annotated[bool, typer.Option('--paper', help='128x4, 100 epochs, batches of 256, rate 0.0005.')]=False,
+             paper: Annotated[bool, typer.Option('--paper',
+                                                 help='128x4, 100 epochs, batches of 256, rate 0.0005.')]=False,
              every: _Every=1, beads: _Beads='ca', seed: _Seed=0,
              accelerator: Annotated[str, typer.Option(help='cpu, gpu or auto.')]='cpu',
              devices: Annotated[int, typer.Option(min=1, help='Several: data parallel.')]=1):
@@ -811,40 +959,53 @@ def cg_train(sources: _Sources,
     if paper: size, epochs, batch_size, learning_rate = '128x4', 100, 256, 5e-4
     if size not in cg.SIZES: raise ValueError(f'--size {size}: there are {", ".join(cg.SIZES)}')
     p, chains = cg.Potential.load(prior), _forces(sources, every, beads)
-    p.network = (torch.manual_seed(seed), cg.SchNet(max(p.table.values()), **cg.SIZES[size], lower=lower, upper=upper))[1]
+    p.network = (torch.manual_seed(seed), cg.SchNet(max(p.table.values()), **cg.SIZES[size], lower=lower,
+                                                    upper=upper))[1]
     cut = lambda d, a, b: d[int(a*len(d)):int(b*len(d))]
-    options = cg.MatchOptions(learning_rate, batch_size=batch_size, max_epochs=epochs, seed=seed, accelerator=accelerator, devices=devices, **({} if paper else dict(plateau=2)))
-    cg.match(p, [cut(d, 0, .85) for d in chains], [cut(d, .85, .9) for d in chains], options, out/'training', sys.stderr.isatty())
+    options = cg.MatchOptions(learning_rate, batch_size=batch_size, max_epochs=epochs, seed=seed,
+                              accelerator=accelerator, devices=devices, **({} if paper else dict(plateau=2)))
+    cg.match(p, [cut(d, 0, .85) for d in chains], [cut(d, .85, .9) for d in chains], options, out/'training',
+             sys.stderr.isatty())
     p.save(out)
-    rest = {k: cg.loss_table(cut(d, .9, 1), {'prior': cg.Potential(p.prior, p.table), 'network': p}).share for k, d in enumerate(chains[-1:])}[0]
-    print(f'{sum(map(len, chains))} frames -> {out}: share of the variance on the last tenth of the last trajectory: prior {rest["prior"]:.4f}, with the network {rest["network"]:.4f}')
+    rest = {k: cg.loss_table(cut(d, .9, 1), {'prior': cg.Potential(p.prior, p.table), 'network': p}).share
+            for k, d in enumerate(chains[-1:])}[0]
+    print(f'{sum(map(len, chains))} frames -> {out}: share of the variance on the last tenth of the last trajectory: '
+          f'prior {rest["prior"]:.4f}, with the network {rest["network"]:.4f}')
 
 # %% ../nbs/61_command_line.ipynb #c9cg0006
 def _bead_frames(files, top):
     "C-alpha frames of trajectory or structure files."
     import mdtraj
-    t = [mdtraj.load(str(f)) if str(f).endswith('.pdb') else mdtraj.load(str(f), top=str(top or files[0])) for f in _expand(files)]
+    t = [mdtraj.load(str(f)) if str(f).endswith('.pdb') else mdtraj.load(str(f), top=str(top or files[0]))
+         for f in _expand(files)]
     ca = t[0].topology.select('name CA')
     if not len(ca): raise ValueError(f'{files[0]}: no C-alpha atom')
     return [x.atom_slice(ca) for x in t]
 
 # %% ../nbs/61_command_line.ipynb #c9cg0007
-@cg_app.command('simulate', cls=_Lists, epilog='''Examples: [bold]foldbook cg simulate villin-net --traj native.pdb --replicas 8 --steps 20000 --out villin-run[/bold];
+@cg_app.command('simulate', cls=_Lists,
+                epilog='''Examples: [bold]foldbook cg simulate villin-net --traj native.pdb --replicas 8 --steps 20000 --out villin-run[/bold];
 [bold]foldbook cg simulate chignolin-net --traj starts.xtc --top native.pdb --paper --out run[/bold] is the paper's: 32 replicas, 5 million steps of 1 fs at 350 K.''')
 def cg_simulate(model: Annotated[Path, typer.Argument(help='Directory that foldbook cg train (or prior) wrote.')],
-                traj: Annotated[list[str], typer.Option('--traj', help='Structure or trajectory files to start from, their frames taken evenly.')]=...,
-                top: Annotated[str, typer.Option('--top', help='Structure that names the atoms of trajectory files.')]='',
+                traj: Annotated[list[str], typer.Option('--traj', help='Structure or trajectory files to start from, '
+                                                        'their frames taken evenly.')]=...,
+                top: Annotated[str, typer.Option('--top',
+                                                 help='Structure that names the atoms of trajectory files.')]='',
                 out: _Out=...,
                 replicas: Annotated[int, typer.Option(min=1, help='In one batch.')]=32,
-                steps: Annotated[int, typer.Option(min=1, help='Of each replica; a larger number continues a run.')]=100_000,
+                steps: Annotated[int, typer.Option(min=1,
+                                                   help='Of each replica; a larger number continues a run.')]=100_000,
                 every: Annotated[int, typer.Option(min=1, help='Steps between frames.')]=100,
                 time_step: Annotated[float, typer.Option(help='Femtoseconds.')]=1.,
-                temperature: Annotated[Optional[list[float]], typer.Option(help='Kelvin; several times: a ladder with exchange. Default that of the model.')]=None,
+                temperature: Annotated[Optional[list[float]], typer.Option(help='Kelvin; several times: a ladder with '
+                    'exchange. Default that of the model.')]=None,
                 friction: Annotated[float, typer.Option(help='1/ps.')]=1.,
                 mass: Annotated[float, typer.Option(help='Of a bead, amu.')]=12.,
                 inner: Annotated[int, typer.Option(min=1, help='Steps of the prior within one of the network.')]=1,
-                mutate: Annotated[Optional[list[str]], typer.Option(help='Exchange of a residue, such as Y2A; several times for several.')]=None,
-                paper: Annotated[bool, typer.Option('--paper', help="The paper's protocol; takes days on a CPU.")]=False,
+                mutate: Annotated[Optional[list[str]], typer.Option(help='Exchange of a residue, such as Y2A; several '
+                    'times for several.')]=None,
+                paper: Annotated[bool, typer.Option('--paper',
+                                                    help="The paper's protocol; takes days on a CPU.")]=False,
                 device: Annotated[str, typer.Option(help='cpu or cuda.')]='cpu', seed: _Seed=0):
     "Run a potential in many replicas; stopped and started again, it goes on."
     from dataclasses import replace
@@ -853,21 +1014,27 @@ def cg_simulate(model: Annotated[Path, typer.Argument(help='Directory that foldb
     p, frames = cg.Potential.load(model), mdtraj.join(_bead_frames(traj, top))
     names = cgsim.mutated(tuple(r.name for r in frames.topology.residues), *(mutate or []))
     T = tuple(temperature) if temperature else (p.temperature or 350.,)
-    o = replace(cgsim.PAPER, seed=seed, device=device) if paper else cgsim.RunOptions(T[0] if len(T) == 1 else T, friction, time_step/1000, mass, steps, every, inner, exchange=int(len(T) > 1), seed=seed, device=device)
-    run = cgsim.run_beads(p, names, [frames.xyz[k*len(frames)//replicas] for k in range(replicas)], o, out, sys.stderr.isatty())
+    o = replace(cgsim.PAPER, seed=seed, device=device) if paper else cgsim.RunOptions(T[0] if len(T) == 1 else T,
+        friction, time_step/1000, mass, steps, every, inner, exchange=int(len(T) > 1), seed=seed, device=device)
+    run = cgsim.run_beads(p, names, [frames.xyz[k*len(frames)//replicas] for k in range(replicas)], o, out,
+                          sys.stderr.isatty())
     if p.network is not None: _note(f'a network of {p.n_parameters:,} parameters')
     swaps = f', {run.exchanges[0]/run.exchanges[1]:.0%} of exchanges accepted' if run.exchanges[1] else ''
-    print(f'{replicas} replicas, {run.spacing_ps*(o.n_steps//o.every)/1000:g} ns each -> {out}: {len(run.blown)} blew up{swaps}')
+    print(f'{replicas} replicas, {run.spacing_ps*(o.n_steps//o.every)/1000:g} ns each -> {out}: {len(run.blown)} blew '
+          f'up{swaps}')
     for b in run.blown: print(b)
 
 # %% ../nbs/61_command_line.ipynb #c9cg0008
-@cg_app.command('compare', cls=_Lists, epilog='Example: [bold]foldbook cg compare villin-run --traj reference-*.xtc --top native.pdb --lag 20 --out verdict[/bold]')
+@cg_app.command('compare', cls=_Lists, epilog='Example: [bold]foldbook cg compare villin-run --traj reference-*.xtc '
+                                              '--top native.pdb --lag 20 --out verdict[/bold]')
 def cg_compare(run: Annotated[Path, typer.Argument(help='Directory that foldbook cg simulate wrote.')],
                traj: Annotated[list[str], typer.Option('--traj', help='Reference trajectories.')]=...,
                top: Annotated[str, typer.Option('--top', help='Native structure.')]=...,
                out: _Out=...,
-               lag: Annotated[int, typer.Option(min=1, help='Frames of the reference, of TICA and its Markov model.')]=20,
-               run_lag: Annotated[int, typer.Option(help='Frames of the Markov model of the run; 0 counts frames equally.')]=10,
+               lag: Annotated[int, typer.Option(min=1,
+                                                help='Frames of the reference, of TICA and its Markov model.')]=20,
+               run_lag: Annotated[int, typer.Option(help='Frames of the Markov model of the run; 0 counts frames '
+                                                         'equally.')]=10,
                drop: Annotated[float, typer.Option(help='Share of each replica left out at its start.')]=0.1,
                states: Annotated[int, typer.Option(min=2, help='Macrostates.')]=2,
                clusters: Annotated[int, typer.Option(min=2, help='Of the Markov models.')]=100):
@@ -875,23 +1042,28 @@ def cg_compare(run: Annotated[Path, typer.Argument(help='Directory that foldbook
     from foldbook import cgsim
     from foldbook.committor import replacing
     reference, native, r = [t.xyz for t in _bead_frames(traj, top)], _bead_frames([top], top)[0][0], cgsim.Run.load(run)
-    if r.names[0] != tuple(a.name for a in native.topology.residues): _note('the run is of another sequence than --top: a mutant')
+    if r.names[0] != tuple(a.name for a in native.topology.residues):
+        _note('the run is of another sequence than --top: a mutant')
     L = cgsim.fit_landscape(reference, native, lag, states, n_clusters=clusters)
     frames = [x for k in range(len(r)) if len(x := r.frames(k, drop=drop).xyz)]
     table, s = cgsim.compare(L, reference, {'run': frames}, {'run': run_lag} if run_lag else None)
     replacing(out/'comparison.csv', lambda p: table.to_csv(p))
-    replacing(out/'surfaces.png', lambda p: cgsim.plot_surfaces(L, {k: s[k] for k in ('reference', 'run')})[0].figure.savefig(p, format='png', dpi=110))
+    replacing(out/'surfaces.png', lambda p: cgsim.plot_surfaces(L,
+        {k: s[k] for k in ('reference', 'run')})[0].figure.savefig(p, format='png', dpi=110))
     print(table.T.to_string(float_format=lambda v: f'{v:.3f}'))
     print(f'{out}/comparison.csv, surfaces.png; JS in nats, free energies in kT')
 
 # %% ../nbs/61_command_line.ipynb #7612f643
-@app.command(cls=_Lists, epilog='Example: [bold]foldbook features --traj a.xtc b.xtc --top native.pdb --set "default + phi + psi" --out features[/bold]')
+@app.command(cls=_Lists, epilog='Example: [bold]foldbook features --traj a.xtc b.xtc --top native.pdb --set "default '
+                                '+ phi + psi" --out features[/bold]')
 def features(traj: Annotated[list[str], typer.Option('--traj', help='Trajectory files or quoted patterns.')]=...,
-             top: Annotated[str, typer.Option('--top', help='Structure with the same atoms, the native one unless --native is given.')]=...,
+             top: Annotated[str, typer.Option('--top', help='Structure with the same atoms, the native one unless '
+                                                            '--native is given.')]=...,
              native: Annotated[str, typer.Option(help='Native structure of the same protein, when --top is not native.')]='',
              kinds: Annotated[str, typer.Option('--set', help='Featurizers joined by +.')]='default',
              periodic: Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]=False,
-             out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Directory for one .npy a trajectory and features.json; without it the columns are listed.')]=None):
+             out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Directory for one .npy a trajectory and '
+                                                         'features.json; without it the columns are listed.')]=None):
     "Turn trajectories into arrays of features."
     from foldbook import features as ft
     from foldbook.committor import replacing

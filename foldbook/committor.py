@@ -53,7 +53,9 @@ def check_states(
     for i, s in enumerate(raw):
         if s.ndim != 1: raise ValueError(f'states: trajectory {i} has shape {s.shape}; one flag per frame is needed')
         bad = np.flatnonzero(~np.isin(s, (-1, 0, 1)))
-        if len(bad): raise ValueError(f'states: trajectory {i}, frame {bad[0]} is {s[bad[0]]:g}; only 0 (A), 1 (B) and -1 (elsewhere) are allowed')
+        if len(bad):
+            raise ValueError(f'states: trajectory {i}, frame {bad[0]} is {s[bad[0]]:g}; only 0 (A), 1 (B) and -1 '
+                             f'(elsewhere) are allowed')
     _check_lengths('states', [len(s) for s in raw], lengths)
     states = [s.astype(np.int8) for s in raw]
     for flag, end in ((0, 'A (0)'), (1, 'B (1)')):
@@ -66,9 +68,12 @@ def _check_lengths(name, found, wanted):
     "Same number of trajectories, same number of frames in each."
     if wanted is None: return
     wanted = [int(n) for n in wanted]
-    if len(found) != len(wanted): raise ValueError(f'{name}: {len(found)} trajectories, but the data have {len(wanted)}')
+    if len(found) != len(wanted):
+        raise ValueError(f'{name}: {len(found)} trajectories, but the data have {len(wanted)}')
     for i, (n, w) in enumerate(zip(found, wanted)):
-        if n != w: raise ValueError(f'{name}: trajectory {i} has {n} frames, but the data have {w}; both must be indexed by the same frame')
+        if n != w:
+            raise ValueError(f'{name}: trajectory {i} has {n} frames, but the data have {w}; both must be indexed by '
+                             f'the same frame')
 
 # %% ../nbs/40_committor.ipynb #522c0d9d
 def check_coordinate(
@@ -79,7 +84,8 @@ def check_coordinate(
     "A coordinate and its flags, validated together; raises `ValueError` if they do not have the same frames."
     r = as_ensemble(r, np.float64, 'coordinate')
     for i, ri in enumerate(r):
-        if ri.ndim != 1: raise ValueError(f'coordinate: trajectory {i} has shape {ri.shape}; one number per frame is needed')
+        if ri.ndim != 1:
+            raise ValueError(f'coordinate: trajectory {i} has shape {ri.shape}; one number per frame is needed')
     return r, check_states(states, [len(ri) for ri in r], both)
 
 # %% ../nbs/40_committor.ipynb #cc74068b
@@ -92,7 +98,8 @@ def check_weights(
     weights = as_ensemble(weights, np.float64, 'weights')
     _check_lengths('weights', [len(w) for w in weights], lengths)
     for i, w in enumerate(weights):
-        if w.ndim != 1 or (w < 0).any(): raise ValueError(f'weights: trajectory {i} holds a negative number or more than one per frame')
+        if w.ndim != 1 or (w < 0).any():
+            raise ValueError(f'weights: trajectory {i} holds a negative number or more than one per frame')
     return weights
 
 # %% ../nbs/40_committor.ipynb #98f32bdd
@@ -117,7 +124,8 @@ def _evaluate(node, columns):
         case ast.Compare() if all(type(o) in _OPERATORS for o in node.ops):
             v = [ev(n) for n in (node.left, *node.comparators)]
             return np.logical_and.reduce([op(o)(a, b) for o, a, b in zip(node.ops, v, v[1:])])
-    raise ValueError(f'{type(node).__name__} is not allowed in a state definition: only column names, numbers, + - * /, comparisons, and, or, not')
+    raise ValueError(f'{type(node).__name__} is not allowed in a state definition: only column names, numbers, + - * '
+                     f'/, comparisons, and, or, not')
 
 # %% ../nbs/40_committor.ipynb #ee0899d8
 def _columns(names):
@@ -141,7 +149,8 @@ def evaluate(
     if len(parts) % 2 == 0: raise ValueError(f'{expression!r}: a backtick is not closed')
     quoted, source = parts[1::2], ''.join(f'_column{i // 2}_' if i % 2 else p for i, p in enumerate(parts))
     try: tree = ast.parse(source.strip(), mode='eval')
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e: raise ValueError(f'cannot read the expression {expression!r}: {e}') from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f'cannot read the expression {expression!r}: {e}') from None
     alias, lookup = {f'_column{i}_': q for i, q in enumerate(quoted)}, _columns(names)
     value = lambda x: _evaluate(tree, lambda n: lookup(x, alias.get(n, n)))
     features = as_ensemble(features, np.float32, 'features')
@@ -154,7 +163,8 @@ def held(
     condition: np.ndarray, # bool (T,)
     dwell: int, # frames
 ) -> np.ndarray: # bool (T,)
-    "True where the condition holds on this frame and on the `dwell - 1` frames before it; raises `ValueError` for a dwell below 1."
+    """True where the condition holds on this frame and on the `dwell - 1` frames before it; raises `ValueError` for
+    a dwell below 1."""
     if dwell < 1: raise ValueError(f'dwell is {dwell}; it counts frames, the present one included, so it is at least 1')
     t = np.arange(len(condition))
     broken = np.maximum.accumulate(np.where(condition, -1, t))
@@ -173,9 +183,11 @@ def states_from(
     states = []
     for i, (a, b) in enumerate(zip(A, B)):
         for e, x in ((unfolded, a), (folded, b)):
-            if x.dtype != bool or x.ndim != 1: raise ValueError(f'{e!r} is not a condition on a feature; compare a column with a number')
+            if x.dtype != bool or x.ndim != 1:
+                raise ValueError(f'{e!r} is not a condition on a feature; compare a column with a number')
         if (both := np.flatnonzero(a & b)).size:
-            raise ValueError(f'trajectory {i}, frame {both[0]} is in A ({unfolded}) and in B ({folded}); make the conditions exclude each other')
+            raise ValueError(f'trajectory {i}, frame {both[0]} is in A ({unfolded}) and in B ({folded}); make the '
+                             f'conditions exclude each other')
         states.append(np.where(held(a, dwell), 0, np.where(held(b, dwell), 1, -1)).astype(np.int8))
     return check_states(states)
 
@@ -184,7 +196,8 @@ def states_from(
 def boundaries(
     flags, # int8 (T,) of ONE trajectory: 0, 1 or -1
 ): # int64 (T,), int64 (T,): previous and next
-    "Index of the last boundary frame strictly before each frame and of the first strictly after; -1 where there is none."
+    """Index of the last boundary frame strictly before each frame and of the first strictly after; -1 where there is
+    none."""
     n = len(flags)
     previous, following = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
     for t in range(1, n): previous[t] = t - 1 if flags[t - 1] >= 0 else previous[t - 1]
@@ -245,7 +258,8 @@ def plot_outcomes(
     for flag, label in ((0, 'A next'), (1, 'B next')):
         ax.plot(t[(s < 0) & (o == flag)], x[(s < 0) & (o == flag)], '.', ms=3, label=label)
         ax.fill_between(t, 0, 1, where=s == flag, transform=ax.get_xaxis_transform(), color='0.9', step='mid', zorder=0)
-    ax.set(xlabel='frame', ylabel=name); ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    ax.set(xlabel='frame', ylabel=name)
+    ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return ax
 
 # %% ../nbs/40_committor.ipynb #775650f0
@@ -265,7 +279,8 @@ def passages(
         c = np.flatnonzero(np.diff(s[t]))
         leave, arrive = t[c], t[c + 1]
         wait, into = np.diff(arrive), s[arrive[:-1]]
-        for k, times in enumerate((wait[into == 0], wait[into == 1], (arrive - leave)[s[leave] == 0])): found[k].append(times)
+        for k, times in enumerate((wait[into == 0], wait[into == 1], (arrive - leave)[s[leave] == 0])):
+            found[k].append(times)
     return Passages(*(np.concatenate(f) for f in found))
 
 # %% ../nbs/40_committor.ipynb #e63b4c85
@@ -298,7 +313,8 @@ def basis(
 # %% ../nbs/40_committor.ipynb #a1f167c1
 @njit(cache=True)
 def _envelope(r, interior, centre, sign):
-    "Sigmoid of width 0.01 / |sign| about a value of r on interior frames, 0 on the boundary and where it is below 1e-9."
+    """Sigmoid of width 0.01 / |sign| about a value of r on interior frames, 0 on the boundary and where it is below
+    1e-9."""
     g = np.zeros(len(r))
     for t in interior:
         z = sign * (r[t] - centre) * 100
@@ -314,10 +330,22 @@ def _add_products(L, R, A):
             a = b = c = d = e = f = g = h = 0.
             for j in range(L.shape[1]):
                 x, y = R[l, j], R[l + 1, j]
-                a += L[k, j] * x; b += L[k + 1, j] * x; c += L[k + 2, j] * x; d += L[k + 3, j] * x
-                e += L[k, j] * y; f += L[k + 1, j] * y; g += L[k + 2, j] * y; h += L[k + 3, j] * y
-            A[k, l] += a; A[k + 1, l] += b; A[k + 2, l] += c; A[k + 3, l] += d
-            A[k, l + 1] += e; A[k + 1, l + 1] += f; A[k + 2, l + 1] += g; A[k + 3, l + 1] += h
+                a += L[k, j] * x
+                b += L[k + 1, j] * x
+                c += L[k + 2, j] * x
+                d += L[k + 3, j] * x
+                e += L[k, j] * y
+                f += L[k + 1, j] * y
+                g += L[k + 2, j] * y
+                h += L[k + 3, j] * y
+            A[k, l] += a
+            A[k + 1, l] += b
+            A[k + 2, l] += c
+            A[k + 3, l] += d
+            A[k, l + 1] += e
+            A[k + 1, l + 1] += f
+            A[k + 2, l + 1] += g
+            A[k + 3, l + 1] += h
 
 # %% ../nbs/40_committor.ipynb #b29cb02f
 MARTINGALE, LEAST_SQUARES, STATIONARY = 0, 1, 2 # kinds of equations
@@ -328,20 +356,30 @@ def _orthogonality(y, z, lags, r, g, now, joined, begin, weights, degree, gamma,
     "Sums over pairs of frames, in one pass: matrix (K, K), its last column (K,), and the sums of the basis alone (K,)."
     K, size = (degree + 1) * (degree + 2) // 2, 512
     L, R = np.zeros((K + 3 - (K - 1) % 4, size)), np.zeros((K + 2 - K % 2, size)) # rows padded for `_add_products`
-    A, alone, v = np.zeros((len(L), len(R))), np.zeros(K), np.zeros((10, size)) # v: y, z, g now; y, z, g after; joined, weight, factors of the basis alone
+    # v: y, z, g now; y, z, g after; joined, weight, factors of the basis alone
+    A, alone, v = np.zeros((len(L), len(R))), np.zeros(K), np.zeros((10, size))
     p = m = 0
     while p < len(now) or m:
         if p < len(now):
-            t = now[p]; q = joined[p]; u = t + q; p += 1
+            t = now[p]
+            q = joined[p]
+            u = t + q
+            p += 1
             if g[t] == 0 and (kind == MARTINGALE or g[u] == 0): continue
-            v[0, m] = y[max(t - lags[0], begin[t])]; v[1, m] = z[max(t - lags[1], begin[t])]; v[2, m] = g[t]
-            v[3, m] = y[max(u - lags[0], begin[t])]; v[4, m] = z[max(u - lags[1], begin[t])]; v[5, m] = g[u]
-            v[6, m] = q; v[7, m] = weights[t]
+            v[0, m] = y[max(t - lags[0], begin[t])]
+            v[1, m] = z[max(t - lags[1], begin[t])]
+            v[2, m] = g[t]
+            v[3, m] = y[max(u - lags[0], begin[t])]
+            v[4, m] = z[max(u - lags[1], begin[t])]
+            v[5, m] = g[u]
+            v[6, m] = q
+            v[7, m] = weights[t]
             v[8, m], v[9, m] = (-r[t], r[t]) if kind == STATIONARY else (elapsed * weights[t], elapsed * weights[t])
             R[K, m] = r[u] - r[t] + (elapsed * q if kind == MARTINGALE else 0)
             m += 1
             if m < size and p < len(now): continue
-        v[2, m:] = 0; v[5, m:] = 0 # what is left of the last block
+        v[2, m:] = 0
+        v[5, m:] = 0 # what is left of the last block
         basis(v[0], v[1], v[2], degree, L)
         basis(v[3], v[4], v[5], degree, R)
         for k in range(K):
@@ -365,9 +403,12 @@ def _updated(y, z, lags, r, g, interior, begin, degree, alpha, largest):
     while p < len(interior):
         m = 0
         while p < len(interior) and m < size:
-            t = interior[p]; p += 1
+            t = interior[p]
+            p += 1
             if g[t] == 0: continue
-            frame[m] = t; y1[m] = y[max(t - lags[0], begin[t])]; y2[m] = z[max(t - lags[1], begin[t])]
+            frame[m] = t
+            y1[m] = y[max(t - lags[0], begin[t])]
+            y2[m] = z[max(t - lags[1], begin[t])]
             m += 1
         poly[:] = 0
         k = len(alpha)
@@ -402,7 +443,8 @@ class _Scale(NamedTuple):
     def of(cls, features): # of the fitted trajectories
         low, high = (np.array([getattr(f, m)(0) for f in features]) for m in ('min', 'max'))
         low, high = low.min(0), high.max(0)
-        if not (varies := np.flatnonzero(high > low)).size: raise ValueError('every feature is constant on the fitted frames; nothing can be learned from them')
+        if not (varies := np.flatnonzero(high > low)).size:
+            raise ValueError('every feature is constant on the fitted frames; nothing can be learned from them')
         return cls(varies, low[varies], high[varies])
 
     def __call__(self, f): # (T, F) -> (len(columns), T), clipped to the range that was fitted
@@ -422,7 +464,8 @@ class _Frames(NamedTuple):
         flags, lengths = np.concatenate(states), np.array([len(s) for s in states])
         end, joined = np.cumsum(lengths), np.ones(len(flags), np.int64)
         joined[end - 1] = 0
-        return cls(np.concatenate([scale(f) for f in features], 1), flags, np.repeat(end - lengths, lengths), joined, np.flatnonzero(flags < 0))
+        return cls(np.concatenate([scale(f) for f in features], 1), flags, np.repeat(end - lengths, lengths), joined,
+                   np.flatnonzero(flags < 0))
 
     def seed(self, start): return np.where(self.flags < 0, start, self.flags)
     def cut(self, r): return np.split(r, np.unique(self.begin)[1:])
@@ -431,8 +474,10 @@ class _Frames(NamedTuple):
 def _matched(features, states, both=True):
     "Features and flags, validated together."
     features = as_ensemble(features, np.float32, 'features')
-    if features[0].ndim != 2: raise ValueError(f'features have shape {features[0].shape}; (frames, columns) is needed, also for one column')
-    if len(widths := {f.shape[1] for f in features}) > 1: raise ValueError(f'features have {sorted(widths)} columns; every trajectory needs the same')
+    if features[0].ndim != 2:
+        raise ValueError(f'features have shape {features[0].shape}; (frames, columns) is needed, also for one column')
+    if len(widths := {f.shape[1] for f in features}) > 1:
+        raise ValueError(f'features have {sorted(widths)} columns; every trajectory needs the same')
     return features, check_states(states, [len(f) for f in features], both)
 
 # %% ../nbs/40_committor.ipynb #2c2c38f3
@@ -472,7 +517,8 @@ def _pairs(f, fitted, kind):
 
 def _solve(f, r, s, pairs, weights, model, gamma):
     "Coefficients of the step that meets the equations of the method."
-    A, column, alone = _orthogonality(*_variables(f, r, s), *pairs, f.begin, weights, model.degree, gamma, model.elapsed, model.kind)
+    A, column, alone = _orthogonality(*_variables(f, r, s), *pairs, f.begin, weights, model.degree, gamma,
+                                      model.elapsed, model.kind)
     A, b = (A.T, -alone) if model.kind == STATIONARY else (A, alone - column)
     return np.linalg.lstsq(A, b, rcond=None)[0]
 
@@ -495,18 +541,25 @@ def _optimise(f, fitted, weights, bound, model, monitor, progress):
         s = _draw(f, model, r, rng, window, frames)
         s = s._replace(alpha=_solve(f, r, s, pairs, weights, model, gammas[i]))
         new = _apply(f, r, s, model)
-        if (new_size := _squared_displacement(new, counted)) < _bearable(model, size): r, size = new, new_size; steps.append(s)
+        if (new_size := _squared_displacement(new, counted)) < _bearable(model, size):
+            r, size = new, new_size
+            steps.append(s)
         sizes.append(size)
         if monitor and (i + 1) % model.monitor_every == 0:
             watched.append((i + 1, float(monitor(f.cut(r)))))
             if watched[-1][1] < best[0]: best = watched[-1][1], r, len(steps), i
-            if i - best[3] >= model.patience * model.monitor_every: stop = 'monitor'; break
-        if size < model.guard * bound: stop = 'guard'; break
+            if i - best[3] >= model.patience * model.monitor_every:
+                stop = 'monitor'
+                break
+        if size < model.guard * bound:
+            stop = 'guard'
+            break
     if best[1] is not None: r, steps = best[1], steps[:best[2]]
     return _Trace(r, steps, sizes, watched, stop)
 
 # %% ../nbs/40_committor.ipynb #29c898e3
-def _bearable(model, size): return (size if model.sought == 'q' else 1000 * size) + 1e3 # squared increments above which an update is rejected
+# squared increments above which an update is rejected
+def _bearable(model, size): return (size if model.sought == 'q' else 1000 * size) + 1e3
 
 def _damping(model):
     "gamma of every iteration."
@@ -533,26 +586,38 @@ METHODS = {'NPNEq': MARTINGALE, 'NPq': LEAST_SQUARES, 'NPNEt': MARTINGALE, 'NPt'
 
 def _check_options(model):
     "Refuse options that no fit could use."
-    if model.method not in METHODS: raise ValueError(f'method={model.method!r} is not known; choose one of {", ".join(map(repr, METHODS))}')
+    if model.method not in METHODS:
+        raise ValueError(f'method={model.method!r} is not known; choose one of {", ".join(map(repr, METHODS))}')
     if model.target not in ('A', 'B'): raise ValueError(f"target={model.target!r} is not a state; choose 'A' or 'B'")
-    if min(model.history, default=-1) < 0: raise ValueError(f'history={model.history}: give lags in frames into the past, 0 or more')
-    if not (np.isfinite(g := _damping(model)) & (g >= 0)).all(): raise ValueError(f'gamma={model.gamma}: every value must be finite and not negative')
+    if min(model.history, default=-1) < 0:
+        raise ValueError(f'history={model.history}: give lags in frames into the past, 0 or more')
+    if not (np.isfinite(g := _damping(model)) & (g >= 0)).all():
+        raise ValueError(f'gamma={model.gamma}: every value must be finite and not negative')
 
 # %% ../nbs/40_committor.ipynb #1918c2f1
 class NonparametricCommittor:
-    "A committor, mean first-passage time or weight as an optimised time series (Krivov, arXiv 2102.03950; with histories arXiv 2508.07326)."
+    """A committor, mean first-passage time or weight as an optimised time series (Krivov, arXiv 2102.03950; with
+    histories arXiv 2508.07326)."""
     def __init__(self,
-        method: str = 'NPNEq', # committor of any Markov dynamics; 'NPq': of reversible dynamics; 'NPNEt', 'NPt': mean first-passage time in frames; 'NPNEw': weights that make the starts stationary
+        # committor of any Markov dynamics; 'NPq': of reversible dynamics; 'NPNEt', 'NPt': mean first-passage time in
+        # frames; 'NPNEw': weights that make the starts stationary
+        method: str = 'NPNEq',
         n_iterations: int = 1000, # at most
         degree: int = 6, # of the polynomials; 6 makes 28 basis functions
         history: tuple = (0, 1, 2, 4, 8, 16), # lags in frames from which past values are drawn
-        gamma: float | tuple | None = None, # damping of the NPNE methods: a number, numbers to interpolate over the iterations, or a function of the iteration; None: 0.2; 0 for times, 0.05 for weights
-        guard: float | None = None, # stop when the summed squared increments fall below this times N_AB + N_BA; None: 1 for NPq, never for the others
+        # damping of the NPNE methods: a number, numbers to interpolate over the iterations, or a function of the
+        # iteration; None: 0.2; 0 for times, 0.05 for weights
+        gamma: float | tuple | None = None,
+        # stop when the summed squared increments fall below this times N_AB + N_BA; None: 1 for NPq, never for the
+        # others
+        guard: float | None = None,
         seed: int = 0, # of the drawn variables, lags and windows
         monitor_every: int = 25, # iterations between two calls of the monitor
         patience: int = 10, # calls without a smaller value after which the fit stops
         target: str = 'A', # state whose first-passage time is sought by NPNEt and NPt: 'A' or 'B'
-        largest: float | None = None, # r is clipped to [0, largest]; None: 1 for a committor, the number of fitted frames for a time, 1000 for a weight
+        # r is clipped to [0, largest]; None: 1 for a committor, the number of fitted frames for a time, 1000 for a
+        # weight
+        largest: float | None = None,
     ):
         self.method, self.n_iterations, self.degree, self.seed = method, n_iterations, degree, seed
         self.history, self.guard = [int(d) for d in history], float(method == 'NPq') if guard is None else guard
@@ -565,20 +630,25 @@ class NonparametricCommittor:
     elapsed = property(lambda self: float(self.sought == 't')) # frames that a step adds to the increment of r
 
     def fit(self, features, states, monitor=None, train=None, progress=True, weights=None):
-        "Optimise `r`. `monitor(list of r) -> number` keeps the iterate where it is smallest; trajectories not listed in `train` follow the updates without determining them; `weights` (T,) per trajectory count the frames."
+        """Optimise `r`. `monitor(list of r) -> number` keeps the iterate where it is smallest; trajectories not
+        listed in `train` follow the updates without determining them; `weights` (T,) per trajectory count the
+        frames."""
         _fit(self, *_matched(features, states, both=self.sought == 'q'), monitor, train, progress, weights)
         return self
 
     def transform(self, features, states=None) -> list: # float64 (T,) per trajectory
-        "The fitted series of the frames given to `fit`; raises `ValueError` for any other frame, for which there is `replay`."
+        """The fitted series of the frames given to `fit`; raises `ValueError` for any other frame, for which there
+        is `replay`."""
         if not hasattr(self, 'r'): raise ValueError('this committor is not fitted; call fit(features, states) first')
         if _fingerprint(features) != self.fingerprint:
-            raise ValueError('the nonparametric committor is a time series of the frames given to fit; for other frames use '
+            raise ValueError('the nonparametric committor is a time series of the frames given to fit; for other '
+                             'frames use '
                              'replay(features, states), or distil it into a network')
         return [r.copy() for r in self.r] if states is None or self.sought != 'q' else clamp(self.r, states)
 
     def replay(self, features, states) -> list: # float64 (T,) per trajectory
-        "Repeat the updates on other trajectories, with the coefficients found on the fitted ones: the out-of-sample series."
+        """Repeat the updates on other trajectories, with the coefficients found on the fitted ones: the
+        out-of-sample series."""
         return _replay(self, *_matched(features, states, both=False))
 
     def save(self, directory): _save(self, Path(directory))
@@ -594,14 +664,17 @@ def _boundary(model, states):
 
 def _chosen(n, train):
     "Which of n trajectories are fitted."
-    if train is not None and not set(train) <= set(range(n)): raise ValueError(f'train={list(train)}: there are {n} trajectories, counted from 0')
+    if train is not None and not set(train) <= set(range(n)):
+        raise ValueError(f'train={list(train)}: there are {n} trajectories, counted from 0')
     return np.ones(n, bool) if train is None else np.isin(np.arange(n), train)
 
 def _first_guess(model, flags):
     "Constant from which r begins: 1/2, or 1, or the mean time between arrivals as if it were the same everywhere."
     if model.sought != 't': return 0.5 if model.sought == 'q' else 1.
     arrivals = sum(int(((s[1:] == 0) & (s[:-1] < 0)).sum()) for s in flags)
-    if not arrivals: raise ValueError(f'no fitted trajectory arrives in {model.target}: its first-passage time cannot be known; add trajectories, or widen the state')
+    if not arrivals:
+        raise ValueError(f'no fitted trajectory arrives in {model.target}: its first-passage time cannot be known; '
+                         f'add trajectories, or widen the state')
     return sum(int((s < 0).sum()) for s in flags) / arrivals
 
 # %% ../nbs/40_committor.ipynb #4b748eef
@@ -623,7 +696,8 @@ def _fit(model, features, states, monitor, train, progress, weights):
 def _replay(model, features, states):
     "Apply every step of a fitted model."
     if not hasattr(model, 'steps'): raise ValueError('this committor is not fitted; call fit(features, states) first')
-    if features[0].shape[1] != model.n_columns: raise ValueError(f'features have {features[0].shape[1]} columns, but {model.n_columns} were fitted')
+    if features[0].shape[1] != model.n_columns:
+        raise ValueError(f'features have {features[0].shape[1]} columns, but {model.n_columns} were fitted')
     frames = _Frames.of(features, _boundary(model, states), model.scale)
     r = frames.seed(model.start)
     for s in model.steps: r = _apply(frames, r, s, model)
@@ -631,7 +705,8 @@ def _replay(model, features, states):
 
 # %% ../nbs/40_committor.ipynb #4f0c8a17
 def replacing(path, write):
-    "`writing` as a function: make the directory, call `write(temporary path)`, move the file into place, and return its path."
+    """`writing` as a function: make the directory, call `write(temporary path)`, move the file into place, and
+    return its path."""
     from foldbook.data import writing # here, so that the committor of arrays needs no trajectory library
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -639,7 +714,8 @@ def replacing(path, write):
     return path
 
 # %% ../nbs/40_committor.ipynb #790f1c0f
-_OPTIONS = ('method', 'n_iterations', 'degree', 'history', 'gamma', 'guard', 'seed', 'monitor_every', 'patience', 'target', 'largest')
+_OPTIONS = ('method', 'n_iterations', 'degree', 'history', 'gamma', 'guard', 'seed', 'monitor_every', 'patience',
+            'target', 'largest')
 _RESULTS = ('delta_r2', 'monitored', 'stopped', 'n_transitions', 'n_columns', 'fingerprint', 'start', 'mean', 'ceiling')
 
 def _save_npz(path, arrays):
@@ -658,14 +734,16 @@ def _save(model, directory):
 def _load(cls, directory):
     "Read what `save` wrote; raises `FileNotFoundError` naming the missing file."
     for name in ('committor.npz', 'committor.json'):
-        if not (directory / name).exists(): raise FileNotFoundError(f'{directory / name} is missing; save a fitted committor there first')
+        if not (directory / name).exists():
+            raise FileNotFoundError(f'{directory / name} is missing; save a fitted committor there first')
     kept = json.loads((directory / 'committor.json').read_text())
     model = cls(**kept['options'])
     for k, v in kept['results'].items(): setattr(model, k, v)
     with np.load(directory / 'committor.npz') as f: z = dict(f)
     model.r = [z[f'r{i}'] for i in range(sum(k[0] == 'r' and k[1:].isdigit() for k in z))]
     model.scale = _Scale(*(z[k] for k in _Scale._fields))
-    model.steps = [Step(int(c), int(d), bool(i), float(m), float(s), float(u), a) for c, d, i, m, s, u, a in zip(*(z[k] for k in Step._fields))]
+    model.steps = [Step(int(c), int(d), bool(i), float(m), float(s), float(u), a)
+                   for c, d, i, m, s, u, a in zip(*(z[k] for k in Step._fields))]
     return model
 
 # %% ../nbs/40_committor.ipynb #8e9acdcd
@@ -691,7 +769,8 @@ def plot_agreement(
     inside = np.concatenate(states) < 0
     h = ax.hist2d(np.concatenate(reference)[inside], np.concatenate(r)[inside], 50, range=((0, 1), (0, 1)), norm='log')
     ax.plot([0, 1], [0, 1], 'k', lw=0.8)
-    ax.set(xlabel='exact committor', ylabel='fitted committor', aspect='equal'); ax.figure.colorbar(h[3], ax=ax, label='frames')
+    ax.set(xlabel='exact committor', ylabel='fitted committor', aspect='equal')
+    ax.figure.colorbar(h[3], ax=ax, label='frames')
     return ax
 
 def plot_convergence(
@@ -701,9 +780,11 @@ def plot_convergence(
     "Summed squared increments during the fit, in units of the number of transitions."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 3), layout='constrained')[1]
-    for name, m in models.items(): ax.plot(1 + np.arange(len(m.delta_r2)), np.array(m.delta_r2) / m.n_transitions, label=name)
+    for name, m in models.items():
+        ax.plot(1 + np.arange(len(m.delta_r2)), np.array(m.delta_r2) / m.n_transitions, label=name)
     ax.axhline(1, color='k', lw=0.8)
-    ax.set(xlabel='iteration', ylabel=r'$\Delta r^2/(N_{AB}+N_{BA})$', xscale='log', yscale='log'); ax.legend()
+    ax.set(xlabel='iteration', ylabel=r'$\Delta r^2/(N_{AB}+N_{BA})$', xscale='log', yscale='log')
+    ax.legend()
     return ax
 
 # %% ../nbs/40_committor.ipynb #9fc101bc
@@ -719,7 +800,8 @@ def outcome_log_loss(
     r, # a coordinate in [0, 1], (T,) per trajectory
     states, # flags of the same frames
 ) -> float: # nats per frame
-    "Mean log-loss of r as a forecast of the next state, over interior frames whose next state is known; nan if there is none."
+    """Mean log-loss of r as a forecast of the next state, over interior frames whose next state is known; nan if
+    there is none."""
     r, states = check_coordinate(r, states, both=False)
     r, o, s = (np.concatenate(x) for x in (r, outcomes(states), states))
     known = (s < 0) & np.isfinite(o)
@@ -745,5 +827,6 @@ def plot_watch(
     ax = ax or plt.subplots(figsize=(7, 3), layout='constrained')[1]
     for name, values in trace.items(): ax.plot(every * (1 + np.arange(len(values))), values, label=name)
     if best: ax.axvline(best, color='0.5', ls=':', label='kept')
-    ax.set(xlabel='iteration', ylabel='log-loss of the outcome (nats)'); ax.legend()
+    ax.set(xlabel='iteration', ylabel='log-loss of the outcome (nats)')
+    ax.legend()
     return ax

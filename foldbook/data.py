@@ -56,12 +56,14 @@ class DataSet:
 
 # %% ../nbs/11_data.ipynb #2e590f71
 def _matches(self, pattern):
-    if self.directory is None: raise FileNotFoundError(f'data set {self.name!r} has no files yet: use foldbook.data.fetch({self.name!r})')
+    if self.directory is None:
+        raise FileNotFoundError(f'data set {self.name!r} has no files yet: use foldbook.data.fetch({self.name!r})')
     return sorted(p for p in self.directory.rglob(pattern) if p.is_file()) if pattern else []
 
 def _topology(self) -> Path:
     "The file that names the atoms; native positions where the data set is about folding."
-    if not (found := _matches(self, self.topology_pattern)): raise FileNotFoundError(f'data set {self.name!r} has no topology file')
+    if not (found := _matches(self, self.topology_pattern)):
+        raise FileNotFoundError(f'data set {self.name!r} has no topology file')
     return found[0]
 
 # %% ../nbs/11_data.ipynb #3ad2e719
@@ -131,13 +133,18 @@ def _shipped_files(text): # lines "name sha256 bytes"
 
 def _register_shipped(name, protein, files, frames, steps, temperature_kelvin, structure):
     "Eight trajectories of a cooperative C-alpha structure-based model, 0.004 ps a step."
-    register(DataSet(name, 'shipped', f'{protein}, cooperative C-alpha structure-based model near its folding temperature; 8 trajectories of {frames:,} frames',
-        files=_shipped_files(files), trajectory_pattern=f'{name}-*.xtc', topology_pattern='native.pdb', frame_spacing_ps=steps/250, temperature_kelvin=temperature_kelvin,
-        units=f'nm, ps, K; reduced: bead mass 1 amu, so that only kT = {0.008314463*temperature_kelvin:.2f} kJ/mol is physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
+    register(DataSet(name, 'shipped', f'{protein}, cooperative C-alpha structure-based model near its folding '
+                                      f'temperature; 8 trajectories of {frames:,} frames',
+        files=_shipped_files(files), trajectory_pattern=f'{name}-*.xtc', topology_pattern='native.pdb',
+        frame_spacing_ps=steps/250, temperature_kelvin=temperature_kelvin,
+        units=f'nm, ps, K; reduced: bead mass 1 amu, so that only kT = {0.008314463*temperature_kelvin:.2f} kJ/mol is '
+              f'physical', states=dict(unfolded='Q < 0.25', folded='Q > 0.8'),
         licence='Apache-2.0', citation=f'foldbook, chapter Simulation; structure: {structure}',
-        how_made=f'foldbook simulate go --system {name} --out {name} --trajectories 8 --frames {frames} --steps-per-frame {steps} --seed 1'))
+        how_made=f'foldbook simulate go --system {name} --out {name} --trajectories 8 --frames {frames} '
+                 f'--steps-per-frame {steps} --seed 1'))
 
-_register_shipped('villin_go', 'Villin headpiece HP35 (PDB 2F4K)', _villin, 10_000, 1500, 137.0, 'Kubelka et al., J. Mol. Biol. 359, 546 (2006)')
+_register_shipped('villin_go', 'Villin headpiece HP35 (PDB 2F4K)', _villin, 10_000, 1500, 137.0, 'Kubelka et al., J. '
+                  'Mol. Biol. 359, 546 (2006)')
 
 # %% ../nbs/11_data.ipynb #63afbd81
 _bba = '''
@@ -154,7 +161,8 @@ bba_go-6.npy.xz 7f63b7beaa2435a5e6e65449c2adc7da09a0879c354c52d6ff5b9266f632c204
 bba_go-7.npy.xz 12af8b72feafd4b35349ecc757bfab815809c7598b86df7a99288307acd0d372 636740
 '''
 
-_register_shipped('bba_go', 'BBA FSD-EY (PDB 1FME)', _bba, 6000, 500, 126.0, 'Sarisky and Mayo, J. Mol. Biol. 307, 1411 (2001)')
+_register_shipped('bba_go', 'BBA FSD-EY (PDB 1FME)', _bba, 6000, 500, 126.0, 'Sarisky and Mayo, J. Mol. Biol. 307, '
+                  '1411 (2001)')
 
 # %% ../nbs/11_data.ipynb #rg000002
 _atomic = dict(
@@ -194,16 +202,26 @@ native.pdb a16327fae64c3a0009f6c64415cedc1d13e71b37407eb50874a1a76f7d4bfdf9 1004
 )
 
 def _register_atomic(name, description, spacing, temperature, citation, how_made, subset=True):
-    register(DataSet(name, 'shipped', description, _shipped_files(_atomic[name]), '*.h5', 'atoms.pdb' if subset else 'native.pdb', spacing, temperature, 'nm, ps, K, kJ/mol, kJ/mol/nm; forces of a pull in pN',
+    register(DataSet(name, 'shipped', description, _shipped_files(_atomic[name]), '*.h5',
+                     'atoms.pdb' if subset else 'native.pdb', spacing, temperature, 'nm, ps, K, kJ/mol, kJ/mol/nm; '
+                         'forces of a pull in pN',
                      licence='Apache-2.0', citation=f'foldbook; {citation}', how_made=how_made))
 
 _honda = 'structure: Honda et al., J. Am. Chem. Soc. 130, 15327 (2008), PDB 5AWL'
-_register_atomic('ala2_implicit', 'Alanine dipeptide, ff14SB, OBC2, 4 fs steps: 4 x 10 ns, all atoms with forces', 2.0, 300.0, 'chapter All atoms', 'foldbook simulate peptide A --out ala2', False)
-_register_atomic('cln025_implicit', 'Hairpin CLN025 at rest, ff14SB, OBC2, 4 fs steps: 1 ns, heavy atoms', 0.2, 310.0, f'chapter All atoms; {_honda}',
-                 'foldbook simulate equilibrium --system cln025 --force-field ff14SB --solvent obc2 --time-step 4 --steps 250000 --every 50 --burn-in 5000 --atoms heavy --out cln025')
-_register_atomic('cln025_implicit_10fs', 'Hairpin CLN025 at rest by the protocol of the forecasting study, ff14SBonlysc, GB-neck2, 1 fs steps: 100 ps, heavy atoms', 0.01, 310.0, f'chapter All atoms; {_honda}',
-                 'foldbook simulate equilibrium --system cln025_implicit_10fs --burn-in 2000 --atoms heavy --out cln025-10fs')
-_register_atomic('ala_smd', 'Helix of 12 alanines pulled at 0.02 nm/ps, ff14SB, OBC2, 2 fs steps: 3 pulls, heavy atoms, force and work', 0.05, 310.0, 'chapter Pulling', 'foldbook simulate smd --residues 12 --out ala12')
+_register_atomic('ala2_implicit', 'Alanine dipeptide, ff14SB, OBC2, 4 fs steps: 4 x 10 ns, all atoms with forces', 2.0,
+                 300.0, 'chapter All atoms', 'foldbook simulate peptide A --out ala2', False)
+_register_atomic('cln025_implicit', 'Hairpin CLN025 at rest, ff14SB, OBC2, 4 fs steps: 1 ns, heavy atoms', 0.2, 310.0,
+                 f'chapter All atoms; {_honda}',
+                 'foldbook simulate equilibrium --system cln025 --force-field ff14SB --solvent obc2 --time-step 4 '
+                 '--steps 250000 --every 50 --burn-in 5000 --atoms heavy --out cln025')
+_register_atomic('cln025_implicit_10fs', 'Hairpin CLN025 at rest by the protocol of the forecasting study, '
+                                         'ff14SBonlysc, GB-neck2, 1 fs steps: 100 ps, heavy atoms', 0.01, 310.0,
+                                         f'chapter All atoms; {_honda}',
+                 'foldbook simulate equilibrium --system cln025_implicit_10fs --burn-in 2000 --atoms heavy --out '
+                 'cln025-10fs')
+_register_atomic('ala_smd', 'Helix of 12 alanines pulled at 0.02 nm/ps, ff14SB, OBC2, 2 fs steps: 3 pulls, heavy '
+                            'atoms, force and work', 0.05, 310.0, 'chapter Pulling', 'foldbook simulate smd '
+                                '--residues 12 --out ala12')
 
 # %% ../nbs/11_data.ipynb #8fd38063
 _mdshare = 'http://ftp.imp.fu-berlin.de/pub/cmb-data/'
@@ -214,9 +232,11 @@ def _mdshare_files(text): # lines "name md5 bytes"
 _cc_by = 'CC-BY 4.0'
 
 # %% ../nbs/11_data.ipynb #37e22bf9
-register(DataSet('ala2_dihedrals', 'downloaded', 'Alanine dipeptide in water, 3 x 250 ns: backbone dihedrals every ps', _mdshare_files('''
+register(DataSet('ala2_dihedrals', 'downloaded', 'Alanine dipeptide in water, 3 x 250 ns: backbone dihedrals every ps',
+                 _mdshare_files('''
 alanine-dipeptide-3x250ns-backbone-dihedrals.npz 3fa7c72ba512213a3860f9691602cdc7 6000544
-'''), frame_spacing_ps=1.0, temperature_kelvin=300.0, units='rad, ps, K', format='npz series', licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
+'''), frame_spacing_ps=1.0, temperature_kelvin=300.0, units='rad, ps, K', format='npz series', licence=_cc_by,
+citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
 
 # %% ../nbs/11_data.ipynb #44a8d206
 register(DataSet('ala2', 'downloaded', 'Alanine dipeptide in water, 3 x 250 ns, 22 atoms every ps', _mdshare_files('''
@@ -224,17 +244,20 @@ alanine-dipeptide-nowater.pdb 728635667ed4937cf4a0e5b7c801d9ea 1813
 alanine-dipeptide-0-250ns-nowater.xtc e82ba584d8e64491f30bd1d9dd019687 42909936
 alanine-dipeptide-1-250ns-nowater.xtc 96b7686aa28a459d51a0d77c2dd0316e 42911308
 alanine-dipeptide-2-250ns-nowater.xtc 6d3a8d9aecb3aa0e0a1ea9b195b7dfe0 42907500
-'''), '*.xtc', '*.pdb', 1.0, 300.0, licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)', how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
+'''), '*.xtc', '*.pdb', 1.0, 300.0, licence=_cc_by, citation='Nüske et al., J. Chem. Phys. 146, 094104 (2017)',
+how_made='AMBER ff99SB-ILDN, TIP3P, ACEMD'))
 
 # %% ../nbs/11_data.ipynb #cefd5b54
 _ala2_pdb = File('al2.pdb', url='http://ftp.mi.fu-berlin.de/pub/cmb-data/al2.pdb')
 
-register(DataSet('ala2_forces', 'downloaded', 'Alanine dipeptide in water, a million frames with forces', _mdshare_files('''
+register(DataSet('ala2_forces', 'downloaded', 'Alanine dipeptide in water, a million frames with forces',
+                 _mdshare_files('''
 alanine-dipeptide-1Mx1ps-with-force.npz c35a55fb5e5cec0d49e4275d62493ab9 463525559
 ''') + (_ala2_pdb,), '', 'al2.pdb', 1.0, 300.0, units='angstrom, kcal/mol/angstrom', format='npz forces', megabytes=464,
     licence=_cc_by, citation='Wang et al., ACS Cent. Sci. 5, 755 (2019)', how_made='AMBER ff99SB-ILDN, explicit water'))
 
-register(DataSet('doublewell_hmm', 'downloaded', 'A two-dimensional double well with hidden states, 100,000 frames', _mdshare_files('''
+register(DataSet('doublewell_hmm', 'downloaded', 'A two-dimensional double well with hidden states, 100,000 frames',
+                 _mdshare_files('''
 hmm-doublewell-2d-100k.npz aaf37fb708a0f8f82f70d3aa06da205f 2000638
 '''), units='none', format='npz series', licence=_cc_by, citation='mdshare', how_made='a hidden Markov model'));
 
@@ -248,38 +271,56 @@ f41d2a6e283d3b43fdf14aa3e95eff03 2221780 30c8f0805bfa248934714bfb663c4196 222140
 6906793b17978370a59025b6c2080ae1 2220924 4f7948b2f6a5515666b495a1054326c4 2220900 f4f3c376e90826d3dd43bcdf08910863 2221344
 e5d2467545d04778d6005c2c904e6df3 2221000 b2cdf3759057ef1a9ccbf9ab41044efa 2220708 1169c0f9efd028155519fa9bf2a85971 2221592
 8d016a9ea6a5b63843fca58b82b4573c 2220908'''.split()
-_penta = '\n'.join(f'pentapeptide-{k:02d}-500ns-impl-solv.xtc {h} {s}' for k, (h, s) in enumerate(zip(_penta[::2], _penta[1::2])))
+_penta = '\n'.join(f'pentapeptide-{k:02d}-500ns-impl-solv.xtc {h} {s}'
+                   for k, (h, s) in enumerate(zip(_penta[::2], _penta[1::2])))
 
 register(DataSet('pentapeptide', 'downloaded', 'The pentapeptide WLALL in implicit solvent, 25 x 500 ns',
-    _mdshare_files('pentapeptide-impl-solv.pdb c52f482024e0ec7dcd64f2b925b53c2b 7501\n' + _penta), '*.xtc', '*.pdb', 100.0, 300.0,
-    licence=_cc_by, citation='Scherer et al., J. Chem. Theory Comput. 11, 5525 (2015)', how_made='Gromacs, implicit solvent (GBSA)'));
+    _mdshare_files('pentapeptide-impl-solv.pdb c52f482024e0ec7dcd64f2b925b53c2b 7501\n' + _penta), '*.xtc', '*.pdb',
+    100.0, 300.0,
+    licence=_cc_by, citation='Scherer et al., J. Chem. Theory Comput. 11, 5525 (2015)', how_made='Gromacs, implicit '
+        'solvent (GBSA)'));
 
 # %% ../nbs/11_data.ipynb #287e758e
 _figshare = 'https://ndownloader.figshare.com/'
 
-register(DataSet('adk_equilibrium', 'downloaded', 'Adenylate kinase, 1.004 us in explicit water, protein only, 4187 frames',
-    (File('adk4AKE.psf', 'sha256:1aa947d58fb41b6805dc1e7be4dbe65c6a8f4690f0bd7fc2ae03e7bd437085f4', None, _figshare + 'files/8672230'),
-     File('1ake_007-nowater-core-dt240ps.dcd', 'sha256:598fcbcfcc425f6eafbe9997238320fcacc6a4613ecce061e1521732bab734bf', None, _figshare + 'files/8672074')),
-    '*.dcd', '*.psf', 240.0, 300.0, licence=_cc_by, citation='Seyler and Beckstein, doi 10.6084/m9.figshare.5108170.v1', how_made='CHARMM27, explicit water', megabytes=161))
+register(DataSet('adk_equilibrium', 'downloaded', 'Adenylate kinase, 1.004 us in explicit water, protein only, 4187 '
+                                                  'frames',
+    (File('adk4AKE.psf', 'sha256:1aa947d58fb41b6805dc1e7be4dbe65c6a8f4690f0bd7fc2ae03e7bd437085f4', None,
+          _figshare + 'files/8672230'),
+     File('1ake_007-nowater-core-dt240ps.dcd',
+         'sha256:598fcbcfcc425f6eafbe9997238320fcacc6a4613ecce061e1521732bab734bf', None, _figshare + 'files/8672074')),
+    '*.dcd', '*.psf', 240.0, 300.0, licence=_cc_by, citation='Seyler and Beckstein, doi 10.6084/m9.figshare.5108170.v1',
+    how_made='CHARMM27, explicit water', megabytes=161))
 
 # %% ../nbs/11_data.ipynb #cee2ceee
-register(DataSet('adk_dims', 'downloaded', 'Adenylate kinase, 200 paths from closed to open by dynamic importance sampling',
-    (File('DIMS.tar.gz', 'sha256:81dfd247da7084bc7f47889c098069978b61f8f8b4f7706841266d284bfd3b55', None, _figshare + 'files/13182490'),),
-    '*.dcd', '*.psf', licence=_cc_by, citation='Seyler and Beckstein, doi 10.6084/m9.figshare.7165306', how_made='DIMS in implicit solvent: paths, not equilibrium', megabytes=757))
+register(DataSet('adk_dims', 'downloaded', 'Adenylate kinase, 200 paths from closed to open by dynamic importance '
+                                           'sampling',
+    (File('DIMS.tar.gz', 'sha256:81dfd247da7084bc7f47889c098069978b61f8f8b4f7706841266d284bfd3b55', None,
+          _figshare + 'files/13182490'),),
+    '*.dcd', '*.psf', licence=_cc_by, citation='Seyler and Beckstein, doi 10.6084/m9.figshare.7165306',
+    how_made='DIMS in implicit solvent: paths, not equilibrium', megabytes=757))
 
-for _name, _article, _what in (('fs_peptide', '1030363/versions/1', 'Fs peptide, implicit solvent, 28 x 500 ns every 50 ps'),
-                               ('ala2_msmbuilder', '1026131/versions/8', 'Alanine dipeptide, implicit solvent, 3 x 10 ns every ps'),
-                               ('met_enkephalin', '1026324/versions/1', 'Met-enkephalin in water, 10 x 50 ns every 5 ps')):
-    register(DataSet(_name, 'downloaded', _what, (File(f'{_name}.zip', None, None, f'{_figshare}articles/{_article}'),), '*.[xd][tc][cd]', '*.pdb',
-        {'fs_peptide': 50.0, 'ala2_msmbuilder': 1.0, 'met_enkephalin': 5.0}[_name], 300.0, licence='CC-BY', citation=f'McGibbon, doi 10.6084/m9.figshare.{_article.split("/")[0]}', how_made='AMBER ff99SB-ILDN, OpenMM'))
+for _name, _article, _what in (('fs_peptide', '1030363/versions/1', 'Fs peptide, implicit solvent, 28 x 500 ns every '
+                                '50 ps'),
+                               ('ala2_msmbuilder', '1026131/versions/8', 'Alanine dipeptide, implicit solvent, 3 x 10 '
+                                'ns every ps'),
+                               ('met_enkephalin', '1026324/versions/1',
+                                'Met-enkephalin in water, 10 x 50 ns every 5 ps')):
+    register(DataSet(_name, 'downloaded', _what, (File(f'{_name}.zip', None, None, f'{_figshare}articles/{_article}'),),
+                     '*.[xd][tc][cd]', '*.pdb',
+        {'fs_peptide': 50.0, 'ala2_msmbuilder': 1.0, 'met_enkephalin': 5.0}[_name], 300.0, licence='CC-BY',
+        citation=f'McGibbon, doi 10.6084/m9.figshare.{_article.split("/")[0]}', how_made='AMBER ff99SB-ILDN, OpenMM'))
 
 # %% ../nbs/11_data.ipynb #35092127
 _htmd = 'http://pub.htmd.org/'
 _thermo = _htmd + 'protein_thermodynamics_data/'
-_majewski = dict(temperature_kelvin=350.0, licence=_cc_by, citation='Majewski et al., Nat. Commun. 14, 5739 (2023)', how_made='CHARMM22*, explicit water, adaptive sampling, ACEMD')
+_majewski = dict(temperature_kelvin=350.0, licence=_cc_by, citation='Majewski et al., Nat. Commun. 14, 5739 (2023)',
+                 how_made='CHARMM22*, explicit water, adaptive sampling, ACEMD')
 
-register(DataSet('torchmd_chignolin', 'downloaded', 'Chignolin CLN025, C-alpha positions and forces: the smallest set for force matching',
-    (File('torchMD_tutorial_data.tar.gz', None, None, _htmd + 'torchMD_tutorial_data.tar.gz'),), units='angstrom, kcal/mol/angstrom', format='C-alpha arrays', megabytes=32, **_majewski))
+register(DataSet('torchmd_chignolin', 'downloaded', 'Chignolin CLN025, C-alpha positions and forces: the smallest set '
+                                                    'for force matching',
+    (File('torchMD_tutorial_data.tar.gz', None, None, _htmd + 'torchMD_tutorial_data.tar.gz'),), units='angstrom, '
+        'kcal/mol/angstrom', format='C-alpha arrays', megabytes=32, **_majewski))
 
 _references = '''
 chignolin 1.4 chignolin
@@ -295,7 +336,8 @@ proteing_part3 805 proteing_3
 a3d 16 a3D
 lambda 39 lambda
 '''
-_remarks = dict(bbl=' (first of two parts: the authors link the second to another protein)', proteing=' (parts 1 and 2)', proteing_part3=' (part 3 of 3)', a3d=' (the one part that the authors link, of two)')
+_remarks = dict(bbl=' (first of two parts: the authors link the second to another protein)',
+    proteing=' (parts 1 and 2)', proteing_part3=' (part 3 of 3)', a3d=' (the one part that the authors link, of two)')
 
 # %% ../nbs/11_data.ipynb #a11c0001
 def _files(folder, names): return tuple(File(n, url=f'{_thermo}{folder}{n}') for n in names)
@@ -303,10 +345,12 @@ def _files(folder, names): return tuple(File(n, url=f'{_thermo}{folder}{n}') for
 def _register_references(text): # lines "protein GB archives..."
     for name, gb, *parts in map(str.split, text.strip().splitlines()):
         register(DataSet(f'majewski_{name}', 'downloaded', f'{name}: reference trajectories{_remarks.get(name, "")}',
-            _files('reference_trajectories/', [f'{p}_trajectories.tar.gz' for p in parts]), '*.xtc', '*.pdb', megabytes=1000*float(gb), **_majewski))
+            _files('reference_trajectories/', [f'{p}_trajectories.tar.gz' for p in parts]), '*.xtc', '*.pdb',
+            megabytes=1000*float(gb), **_majewski))
 
 _register_references(_references)
-register(DataSet('majewski_homeodomain', 'on request', 'homeodomain: reference trajectories, 8.9 GB', trajectory_pattern='*.xtc', topology_pattern='*.pdb', megabytes=8900,
+register(DataSet('majewski_homeodomain', 'on request', 'homeodomain: reference trajectories, 8.9 GB',
+                 trajectory_pattern='*.xtc', topology_pattern='*.pdb', megabytes=8900,
     **_majewski | dict(how_made='ask the authors, whose table gives an archive of the WW domain as its address')))
 
 # %% ../nbs/11_data.ipynb #a11c0002
@@ -314,63 +358,90 @@ _proteins = 'chignolin trpcage bba villin wwdomain ntl9 bbl proteinb homeodomain
 
 def _register_coarse(p):
     arrays = [f'{p}_ca_{k}.npy' for k in ('coords', 'forces', 'deltaforces', 'embeddings')]
-    register(DataSet(f'majewski_{p}_ca', 'downloaded', f'{p}: C-alpha training positions, forces, forces less the prior, bead types',
+    register(DataSet(f'majewski_{p}_ca', 'downloaded', f'{p}: C-alpha training positions, forces, forces less the '
+                                                       f'prior, bead types',
         _files('training_data/', arrays), units='angstrom, kcal/mol/angstrom', format='C-alpha arrays', **_majewski))
     models = [f'{p}_cgtraj_protspecific.tar.gz', f'{p}_cgtraj_multiprotein.tar.gz', f'{p}_ca.pdb']
-    register(DataSet(f'majewski_{p}_cg', 'downloaded', f'{p}: C-alpha trajectories of two trained potentials, of this protein alone and of all twelve',
-        _files('cg_trajectories/', models), '*.xtc', f'{p}_ca.pdb', **_majewski | dict(how_made='Langevin dynamics of the trained potential')))
+    register(DataSet(f'majewski_{p}_cg', 'downloaded', f'{p}: C-alpha trajectories of two trained potentials, of this '
+                                                       f'protein alone and of all twelve',
+        _files('cg_trajectories/', models), '*.xtc', f'{p}_ca.pdb', **_majewski | dict(how_made='Langevin dynamics of '
+            'the trained potential')))
 
 for _p in _proteins: _register_coarse(_p)
-register(DataSet('majewski_structures', 'downloaded', 'Experimental structures of the twelve proteins', _files('', ['experimental_structures.tar.gz']), '', '*.pdb', format='structures',
+register(DataSet('majewski_structures', 'downloaded', 'Experimental structures of the twelve proteins',
+                 _files('', ['experimental_structures.tar.gz']), '', '*.pdb', format='structures',
     licence=_cc_by, citation=_majewski['citation'], how_made='experiment'));
 
 # %% ../nbs/11_data.ipynb #a11c0004
 _fu = 'http://ftp.mi.fu-berlin.de/pub/cmb-data/chignolin_trajectories/'
-register(DataSet('chignolin_forces', 'downloaded', 'Chignolin CLN025, thousands of short trajectories, protein atoms with forces',
-    tuple(File(n, url=_fu + n) for n in ('chignolin_generators.tar.gz', 'chignolin_coords_nowater.tar.gz', 'chignolin_forces_nowater.tar.gz')), '', 'structure.pdb',
-    temperature_kelvin=350.0, units='angstrom, kcal/mol/angstrom', format='all-atom arrays', licence='none stated; ask before passing it on',
-    citation='Wang et al., ACS Cent. Sci. 5, 755 (2019)', how_made='CHARMM22*, explicit water, adaptive sampling, ACEMD'));
+register(DataSet('chignolin_forces', 'downloaded', 'Chignolin CLN025, thousands of short trajectories, protein atoms '
+                                                   'with forces',
+    tuple(File(n, url=_fu + n) for n in ('chignolin_generators.tar.gz', 'chignolin_coords_nowater.tar.gz',
+                                         'chignolin_forces_nowater.tar.gz')), '', 'structure.pdb',
+    temperature_kelvin=350.0, units='angstrom, kcal/mol/angstrom', format='all-atom arrays', licence='none stated; '
+        'ask before passing it on',
+    citation='Wang et al., ACS Cent. Sci. 5, 755 (2019)',
+    how_made='CHARMM22*, explicit water, adaptive sampling, ACEMD'));
 
 # %% ../nbs/11_data.ipynb #03cdb00a
-register(DataSet('pdb', 'downloaded', 'A structure of the Protein Data Bank: pdb:2F4K', (File('{id}.pdb', url='https://files.rcsb.org/download/{id}.pdb'),), '', '*.pdb',
-    format='structures', licence='CC0 1.0', citation='Berman et al., Nucleic Acids Res. 28, 235 (2000)', how_made='experiment'))
+register(DataSet('pdb', 'downloaded', 'A structure of the Protein Data Bank: pdb:2F4K',
+                 (File('{id}.pdb', url='https://files.rcsb.org/download/{id}.pdb'),), '', '*.pdb',
+    format='structures', licence='CC0 1.0', citation='Berman et al., Nucleic Acids Res. 28, 235 (2000)',
+    how_made='experiment'))
 
 # %% ../nbs/11_data.ipynb #8d9bec57
 register(DataSet('mdcath', 'downloaded', 'One CATH domain at five temperatures, with forces, HDF5: mdcath:12asA00',
-    (File('mdcath_dataset_{id}.h5', url='https://huggingface.co/datasets/compsciencelab/mdCATH/resolve/main/data/mdcath_dataset_{id}.h5'),),
-    '', '', 1000.0, units='angstrom, kcal/mol/angstrom', format='mdCATH', licence=_cc_by, citation='Mirarchi et al., Sci. Data 11, 1299 (2024)', how_made='CHARMM22*, explicit water, 320 to 450 K, 5 replicas'))
+    (File('mdcath_dataset_{id}.h5',
+          url='https://huggingface.co/datasets/compsciencelab/mdCATH/resolve/main/data/mdcath_dataset_{id}.h5'),),
+    '', '', 1000.0, units='angstrom, kcal/mol/angstrom', format='mdCATH', licence=_cc_by, citation='Mirarchi et al., '
+        'Sci. Data 11, 1299 (2024)', how_made='CHARMM22*, explicit water, 320 to 450 K, 5 replicas'))
 
 register(DataSet('atlas', 'downloaded', 'One protein of ATLAS, 3 x 100 ns, protein atoms: atlas:16pk_A',
-    (File('{id}_protein.zip', url='https://www.dsimb.inserm.fr/ATLAS/api/ATLAS/protein/{id}'),), '*.xtc', '*.pdb', 10.0, 300.0,
-    licence='CC-BY-NC 4.0', citation='Vander Meersche et al., Nucleic Acids Res. 52, D384 (2024)', how_made='CHARMM36m, explicit water'))
+    (File('{id}_protein.zip', url='https://www.dsimb.inserm.fr/ATLAS/api/ATLAS/protein/{id}'),), '*.xtc', '*.pdb', 10.0,
+    300.0,
+    licence='CC-BY-NC 4.0', citation='Vander Meersche et al., Nucleic Acids Res. 52, D384 (2024)',
+    how_made='CHARMM36m, explicit water'))
 
 # %% ../nbs/11_data.ipynb #c6301bde
 _lfs = 'https://media.githubusercontent.com/media/moldyn/HP35-DESRES/main/'
-register(DataSet('hp35_desres', 'downloaded', 'Villin HP35 in explicit water, 300 us: shifted backbone dihedrals and contact distances',
-    (File('hp35.dihs.shifted.bz2', 'sha256:97c8b0a228c8452242bf51cdd53d752fa1b5e968816bb34b9dde846fede1c543', 272206340, _lfs + 'hp35.dihs.shifted.bz2'),
-     File('hp35.mindists2.bz2', 'sha256:222f42ddeb83ec5f09087ac8554b1d291c23dd1c35dfae8ea03dcef6a3b42491', 144925842, _lfs + 'hp35.mindists2.bz2'),
+register(DataSet('hp35_desres', 'downloaded', 'Villin HP35 in explicit water, 300 us: shifted backbone dihedrals and '
+                                              'contact distances',
+    (File('hp35.dihs.shifted.bz2', 'sha256:97c8b0a228c8452242bf51cdd53d752fa1b5e968816bb34b9dde846fede1c543', 272206340,
+          _lfs + 'hp35.dihs.shifted.bz2'),
+     File('hp35.mindists2.bz2', 'sha256:222f42ddeb83ec5f09087ac8554b1d291c23dd1c35dfae8ea03dcef6a3b42491', 144925842,
+          _lfs + 'hp35.mindists2.bz2'),
      File('hp35.mindists2.ndx', url='https://raw.githubusercontent.com/moldyn/HP35-DESRES/main/hp35.mindists2.ndx')),
-    frame_spacing_ps=200.0, temperature_kelvin=360.0, units='rad, nm', format='HP35 text', megabytes=417, licence='D. E. Shaw Research agreement: non-commercial research, no redistribution',
-    citation='Piana et al., PNAS 109, 17845 (2012); Nagel et al., J. Chem. Theory Comput. 19, 3391 (2023)', how_made='Amber ff99SB*-ILDN, Anton'))
+    frame_spacing_ps=200.0, temperature_kelvin=360.0, units='rad, nm', format='HP35 text', megabytes=417,
+    licence='D. E. Shaw Research agreement: non-commercial research, no redistribution',
+    citation='Piana et al., PNAS 109, 17845 (2012); Nagel et al., J. Chem. Theory Comput. 19, 3391 (2023)',
+    how_made='Amber ff99SB*-ILDN, Anton'))
 
-register(DataSet('villin_rmsd', 'downloaded', 'Villin 2F4K: C-alpha RMSD series of a 125 us trajectory, the reference of the nonparametric committor',
-    (File('2f4k.CArmsd', url='https://raw.githubusercontent.com/krivovsv/optimalrcs/main/tests/data/2f4k.CArmsd'),), units='angstrom', format='RMSD text', frame_spacing_ps=200.0, temperature_kelvin=360.0,
-    states=dict(unfolded='RMSD > 1.05', folded='RMSD < 0.1'), licence='MIT (series); D. E. Shaw Research agreement (trajectory): non-commercial research',
+register(DataSet('villin_rmsd', 'downloaded', 'Villin 2F4K: C-alpha RMSD series of a 125 us trajectory, the reference '
+                                              'of the nonparametric committor',
+    (File('2f4k.CArmsd', url='https://raw.githubusercontent.com/krivovsv/optimalrcs/main/tests/data/2f4k.CArmsd'),),
+    units='angstrom', format='RMSD text', frame_spacing_ps=200.0, temperature_kelvin=360.0,
+    states=dict(unfolded='RMSD > 1.05', folded='RMSD < 0.1'), licence='MIT (series); D. E. Shaw Research agreement '
+        '(trajectory): non-commercial research',
     citation='Krivov, J. Chem. Theory Comput. 14, 3418 (2018)', how_made='Anton; the address is not checked'))
 
 # %% ../nbs/11_data.ipynb #7f2387a4
-register(DataSet('desres', 'on request', 'Twelve fast folders, all atoms, 100 us to 3 ms each', trajectory_pattern='*.dcd', topology_pattern='*.pdb', frame_spacing_ps=200.0,
-    licence='D. E. Shaw Research agreement: non-commercial research, no redistribution', citation='Lindorff-Larsen et al., Science 334, 517 (2011)', how_made='ask trajectories@deshawresearch.com'));
+register(DataSet('desres', 'on request', 'Twelve fast folders, all atoms, 100 us to 3 ms each',
+                 trajectory_pattern='*.dcd', topology_pattern='*.pdb', frame_spacing_ps=200.0,
+    licence='D. E. Shaw Research agreement: non-commercial research, no redistribution', citation='Lindorff-Larsen et '
+        'al., Science 334, 517 (2011)', how_made='ask trajectories@deshawresearch.com'));
 
 # %% ../nbs/11_data.ipynb #50a16b21
-register(DataSet('trpcage_go', 'generated', 'Trp-cage (PDB 1L2Y) as the same kind of structure-based model', trajectory_pattern='*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0,
-    temperature_kelvin=95.0, states=dict(unfolded='Q < 0.25', folded='Q > 0.8'), licence='yours', how_made='foldbook simulate go --pdb 1L2Y --temperature 95 --cooperativity 2 --out'));
+register(DataSet('trpcage_go', 'generated', 'Trp-cage (PDB 1L2Y) as the same kind of structure-based model',
+                 trajectory_pattern='*.xtc', topology_pattern='native.pdb', frame_spacing_ps=6.0,
+    temperature_kelvin=95.0, states=dict(unfolded='Q < 0.25', folded='Q > 0.8'), licence='yours', how_made='foldbook '
+        'simulate go --pdb 1L2Y --temperature 95 --cooperativity 2 --out'));
 
 # %% ../nbs/11_data.ipynb #409f0f53
 def table(kind: str|None = None # one of the four kinds; default all
           ) -> pd.DataFrame:
     "The register: one row a data set."
-    rows = [dict(name=n, kind=(d := info(n)).kind, MB=None if d.size is None else round(d.size/1e6, 1), spacing_ps=d.frame_spacing_ps,
+    rows = [dict(name=n, kind=(d := info(n)).kind, MB=None if d.size is None else round(d.size/1e6, 1),
+                 spacing_ps=d.frame_spacing_ps,
                  temperature_K=d.temperature_kelvin, licence=d.licence, description=d.description) for n in names(kind)]
     return pd.DataFrame(rows).set_index('name')
 
@@ -385,7 +456,9 @@ def check_file(path: str|Path, file: File) -> Path:
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path} is missing; restore it from the repository')
     wrong = file.checksum and checksum(path, file.checksum.split(':')[0]) != file.checksum
-    if wrong: raise ValueError(f'{path} is damaged or another version: its checksum is not {file.checksum}; delete it and fetch again')
+    if wrong:
+        raise ValueError(f'{path} is damaged or another version: its checksum is not {file.checksum}; delete it and '
+                         f'fetch again')
     return path
 
 # %% ../nbs/11_data.ipynb #c686a8b5
@@ -394,7 +467,8 @@ _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)}
 @contextmanager
 def writing(path: str|Path # file to make
             ):             # a temporary path beside it
-    "Write to the path given inside the block; the file gets its name at the end, and nothing is left behind on an error. A full disk is said in one sentence."
+    """Write to the path given inside the block; the file gets its name at the end, and nothing is left behind on an
+    error. A full disk is said in one sentence."""
     path = Path(path)
     tmp = path.with_name(f'.{os.getpid()}-{path.name}')
     try:
@@ -402,7 +476,8 @@ def writing(path: str|Path # file to make
         os.replace(tmp, path)
     except OSError as e:
         if e.errno not in _FULL: raise
-        raise OSError(e.errno, f'{path.parent.resolve()}: no space left to write {path.name}; what was finished before is kept: free some space and run the same command again') from e
+        raise OSError(e.errno, f'{path.parent.resolve()}: no space left to write {path.name}; what was finished '
+                               f'before is kept: free some space and run the same command again') from e
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/11_data.ipynb #8e716b8b
@@ -416,7 +491,9 @@ def pack_trajectory(xtc: str|Path, # positions of one chain
     d = np.diff(x.astype('<i2'), axis=1, prepend=np.int16(0))              # (T, N, 3), first bead as it is
     planes = np.moveaxis(d.transpose(1, 2, 0).copy().view(np.uint8).reshape(*d.shape[1:], -1, 2), -1, 0)
     out = Path(out)
-    with writing(out) as tmp, lzma.open(tmp, 'wb', preset=9 | lzma.PRESET_EXTREME) as f: np.save(f, np.ascontiguousarray(planes)) # (2, N, 3, T)
+    # (2, N, 3, T)
+    with writing(out) as tmp, lzma.open(tmp, 'wb', preset=9 | lzma.PRESET_EXTREME) as f:
+        np.save(f, np.ascontiguousarray(planes))
     return out
 
 # %% ../nbs/11_data.ipynb #99976117
@@ -429,7 +506,8 @@ def unpack_trajectory(packed: str|Path, # made by `pack_trajectory`
     step = np.arange(len(d), dtype=np.int32)
     out = Path(out)
     with writing(out) as tmp, md.formats.XTCTrajectoryFile(str(tmp), 'w') as f:
-        f.write((np.cumsum(d, axis=1, dtype=np.int16)/1000).astype(np.float32), time=(step*frame_spacing_ps).astype(np.float32), step=step)
+        f.write((np.cumsum(d, axis=1, dtype=np.int16)/1000).astype(np.float32),
+                time=(step*frame_spacing_ps).astype(np.float32), step=step)
     return out
 
 # %% ../nbs/11_data.ipynb #pk000002
@@ -437,14 +515,18 @@ def pack_run(trajectory: str|Path, # .h5, with its arrays beside it in an .npz
              out: str|Path,        # ends in .npz.xz
              steps: dict           # to what each array is rounded: 'xyz' in nm, the others in their unit
              ) -> Path:
-    "Write a run small. Raises KeyError for an array without a step, ValueError for numbers that are not finite or too large for it."
+    """Write a run small. Raises KeyError for an array without a step, ValueError for numbers that are not finite or
+    too large for it."""
     t, out, packed = md.load(str(trajectory)), Path(out), {}
     beside = Path(trajectory).with_suffix('.npz')
     arrays = dict(xyz=t.xyz) | (dict(np.load(beside)) if beside.exists() else {})
     for k, x in arrays.items():
-        if not (np.isfinite(x).all() and np.abs(x).max()/steps[k] < 2**30): raise ValueError(f'{trajectory}: {k} does not fit a step of {steps[k]}, or is not finite')
-        packed |= {k: (whole := _whole(np.asarray(x, float)/steps[k]))[0], f'{k}.shape': x.shape, f'{k}.step': steps[k], f'{k}.differences': whole[1]}
-    with writing(out) as tmp, lzma.open(tmp, 'wb', preset=9 | lzma.PRESET_EXTREME) as f: np.savez(f, **packed, spacing=t.time[1] - t.time[0] if len(t) > 1 else 0)
+        if not (np.isfinite(x).all() and np.abs(x).max()/steps[k] < 2**30):
+            raise ValueError(f'{trajectory}: {k} does not fit a step of {steps[k]}, or is not finite')
+        packed |= {k: (whole := _whole(np.asarray(x, float)/steps[k]))[0], f'{k}.shape': x.shape, f'{k}.step': steps[k],
+                   f'{k}.differences': whole[1]}
+    with writing(out) as tmp, lzma.open(tmp, 'wb', preset=9 | lzma.PRESET_EXTREME) as f:
+        np.savez(f, **packed, spacing=t.time[1] - t.time[0] if len(t) > 1 else 0)
     return out
 
 # %% ../nbs/11_data.ipynb #pk000003
@@ -476,7 +558,8 @@ def unpack_run(packed: str|Path,     # made by `pack_run`
         xyz, spacing = arrays.pop('xyz'), float(z['spacing'])
     if arrays:
         with writing(out.with_suffix('.npz')) as tmp, open(tmp, 'wb') as f: np.savez(f, **arrays)
-    with writing(out) as tmp: md.Trajectory(xyz, md.load_topology(str(topology)), time=np.arange(len(xyz))*spacing).save_hdf5(str(tmp))
+    with writing(out) as tmp:
+        md.Trajectory(xyz, md.load_topology(str(topology)), time=np.arange(len(xyz))*spacing).save_hdf5(str(tmp))
     return out
 
 # %% ../nbs/11_data.ipynb #14ffd7bf
@@ -515,7 +598,9 @@ def is_restricted(d: DataSet) -> bool:
     return re.search(r'non-commercial|-NC\b|no redistribution', d.licence) is not None
 
 def _notice(d):
-    if is_restricted(d): warnings.warn(f'data set {d.name!r}: {d.licence}; read the licence before you use these files or anything made of them', LicenceNotice, stacklevel=3)
+    if is_restricted(d):
+        warnings.warn(f'data set {d.name!r}: {d.licence}; read the licence before you use these files or anything '
+                      f'made of them', LicenceNotice, stacklevel=3)
 
 # %% ../nbs/11_data.ipynb #a11c0008
 class Resuming:
@@ -528,7 +613,8 @@ class Resuming:
 
     def __call__(self, url: str, output_file: str, pooch=None): # pooch's protocol
         with requests.get(url, headers=_ask(self.partial, self.tag), stream=True, timeout=60) as answer:
-            if answer.status_code == 416 and self.partial.exists(): return self._again(url, output_file) # nothing after these bytes: begin anew
+            # nothing after these bytes: begin anew
+            if answer.status_code == 416 and self.partial.exists(): return self._again(url, output_file)
             answer.raise_for_status()
             start, total = _promised(answer)
             self.tag.write_text(_validator(answer))
@@ -561,12 +647,15 @@ def _promised(answer): # first byte of the answer, size of the whole file or Non
         size = answer.headers.get('Content-Length')
         return 0, None if size is None else int(size)
     m = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+|\*)', answer.headers.get('Content-Range', ''))
-    if not m: raise OSError(f'the server sends a part of the file and does not say which: {answer.headers.get("Content-Range")}')
+    if not m:
+        raise OSError(f'the server sends a part of the file and does not say which: '
+                      f'{answer.headers.get("Content-Range")}')
     return int(m[1]), int(m[2]) + 1 if m[3] == '*' else int(m[3])
 
 # %% ../nbs/11_data.ipynb #a11c0011
 def _append(partial, answer, start, total, progress):
-    with partial.open('ab') as f, tqdm(initial=start, total=total, unit='B', unit_scale=True, desc=partial.stem, disable=not progress) as bar:
+    with partial.open('ab') as f, tqdm(initial=start, total=total, unit='B', unit_scale=True, desc=partial.stem,
+                                       disable=not progress) as bar:
         if start > f.tell(): raise OSError(f'the server sends from byte {start} on, but only {f.tell()} are here')
         f.truncate(start)
         while block := answer.raw.read1(1 << 20, decode_content=False):
@@ -580,14 +669,16 @@ def _room(name, directory): # a full disk in one sentence
     try: yield
     except OSError as e:
         if e.errno not in _FULL: raise
-        raise OSError(e.errno, f'data set {name!r}: no space left in {directory} ({os.strerror(e.errno)}); free some there, or set FOLDBOOK_CACHE to a directory on a larger disk, and call this again') from e
+        raise OSError(e.errno, f'data set {name!r}: no space left in {directory} ({os.strerror(e.errno)}); free some '
+                               f'there, or set FOLDBOOK_CACHE to a directory on a larger disk, and call this again') from e
 
 def _why(e): # an error of the network in a few words
     if getattr(e, 'response', None) is not None: return f'{e.response.status_code} {e.response.reason}'
     return str(e) if type(e) is OSError else type(e).__name__
 
 def _kept(get): # what stays of a broken download, in words; without a tag the rest could not be asked for
-    if get.tag.exists() and get.tag.read_text(): return f' {get.partial.stat().st_size:,} bytes are kept: calling this again goes on.'
+    if get.tag.exists() and get.tag.read_text():
+        return f' {get.partial.stat().st_size:,} bytes are kept: calling this again goes on.'
     get.forget()
     return ''
 
@@ -610,21 +701,25 @@ def _download(d: DataSet, f: File, target: Path, progress: bool) -> Path:
         with _turn(target): return Path(pooch.retrieve(f.url, f.checksum, f.name, target, downloader=get))
     except OSError as e:
         if e.errno in _FULL: raise
-        raise ConnectionError(f'data set {d.name!r}: cannot download {f.url} ({_why(e)}).{_kept(get)} Without a network here, {by_hand}.') from e
+        raise ConnectionError(f'data set {d.name!r}: cannot download {f.url} ({_why(e)}).{_kept(get)} Without a '
+                              f'network here, {by_hand}.') from e
     except ValueError as e:
-        raise ValueError(f'data set {d.name!r}: what {f.url} sends has not the checksum {f.checksum}; it changed or was damaged on the way, and nothing of it is kept. Call this again, or {by_hand}.') from e
+        raise ValueError(f'data set {d.name!r}: what {f.url} sends has not the checksum {f.checksum}; it changed or '
+                         f'was damaged on the way, and nothing of it is kept. Call this again, or {by_hand}.') from e
 
 # %% ../nbs/11_data.ipynb #a11c0015
 def _compare(path: Path):
     "Raise ValueError if a file is not what it was when it was fetched."
     record = path.with_name(path.name + '.sha256')
     if path.exists() and record.exists() and checksum(path) != f'sha256:{record.read_text().split()[0]}':
-        raise ValueError(f'{path} was changed or damaged since it was fetched: its checksum is not the one in {record.name}; delete both and fetch again')
+        raise ValueError(f'{path} was changed or damaged since it was fetched: its checksum is not the one in '
+                         f'{record.name}; delete both and fetch again')
 
 def _remember(path: Path):
     "Write down the checksum of a file that has none published."
     record, new = path.with_name(path.name + '.sha256'), checksum(path).split(':')[1]
-    if record.exists() and record.read_text().split()[0] != new: warnings.warn(f'{path} is another version than the one that was fetched before', stacklevel=2)
+    if record.exists() and record.read_text().split()[0] != new:
+        warnings.warn(f'{path} is another version than the one that was fetched before', stacklevel=2)
     record.write_text(f'{new}  {path.name}\n')
 
 # %% ../nbs/11_data.ipynb #892dde56
@@ -638,12 +733,14 @@ def _unpack_archive(path):
         if tarfile.is_tarfile(path): tarfile.open(path).extractall(tmp, filter='data')
         else: shutil.unpack_archive(path, tmp)
         os.replace(tmp, out)
-    except (tarfile.TarError, shutil.ReadError, EOFError, gzip.BadGzipFile) as e: raise ValueError(f'{path} is not a whole archive ({e}); delete it and fetch again') from e
+    except (tarfile.TarError, shutil.ReadError, EOFError, gzip.BadGzipFile) as e:
+        raise ValueError(f'{path} is not a whole archive ({e}); delete it and fetch again') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/11_data.ipynb #9a8a0a8a
 def _fetch_downloaded(d, cache, progress):
-    if any('{id}' in f.name for f in d.files): raise ValueError(f'{d.name!r} holds many systems; name one as {d.name}:ID ({d.description})')
+    if any('{id}' in f.name for f in d.files):
+        raise ValueError(f'{d.name!r} holds many systems; name one as {d.name}:ID ({d.description})')
     target = cache/d.name
     with _room(d.name, target):
         target.mkdir(parents=True, exist_ok=True)
@@ -668,7 +765,8 @@ def fetch(dataset: str|DataSet = 'villin_go', # a name of the register, or an en
           progress: bool = True,              # show progress bars
           cache: str|Path|None = None         # default `cache_directory()`
           ) -> DataSet:                       # with `directory`, `trajectories` and `topology`
-    "Make sure that the files are there and whole. Raises ConnectionError without a network, ValueError on a damaged file, OSError on a full disk."
+    """Make sure that the files are there and whole. Raises ConnectionError without a network, ValueError on a
+    damaged file, OSError on a full disk."""
     d = info(dataset) if isinstance(dataset, str) else dataset
     cache = Path(cache or cache_directory())
     _notice(d)
@@ -685,7 +783,9 @@ def load_topology(topology: str|Path|md.Topology|md.Trajectory # a file that nam
     if not isinstance(topology, (str, Path)): return getattr(topology, 'topology', topology)
     if not Path(topology).exists(): raise FileNotFoundError(f'{topology}: no such topology file')
     try: return md.load_topology(str(topology))
-    except _UNREADABLE as e: raise ValueError(f'{topology}: no topology can be read from it ({e}); give a PDB file or another that names the atoms') from e
+    except _UNREADABLE as e:
+        raise ValueError(f'{topology}: no topology can be read from it ({e}); give a PDB file or another that names '
+                         f'the atoms') from e
 
 # %% ../nbs/11_data.ipynb #88e8a90b
 def atoms_in_file(path: str|Path,       # trajectory file
@@ -697,7 +797,8 @@ def atoms_in_file(path: str|Path,       # trajectory file
     except StopIteration: raise ValueError(f'{path}: frame 0: the file has no frames') from None
     except _UNREADABLE as e:
         if m := re.search(r'supplied\s*\(\d+, (\d+), 3\)', str(e)): return int(m[1])
-        raise ValueError(f'{path}: frame 0: cannot be read, the file is damaged, cut short or of a format that mdtraj does not know ({e})') from e
+        raise ValueError(f'{path}: frame 0: cannot be read, the file is damaged, cut short or of a format that mdtraj '
+                         f'does not know ({e})') from e
 
 # %% ../nbs/11_data.ipynb #e8bd3d70
 class DamagedFile(ValueError):
@@ -707,9 +808,12 @@ def read_frames(path: str|Path,                # one trajectory file
                 topology: md.Topology,
                 chunk: int = 1000,             # frames at a time
                 atoms: np.ndarray|None = None): # indices; default all
-    "Yield the whole frames of a file in pieces (`mdtraj.Trajectory`). Raises ValueError on a wrong topology, at the end DamagedFile if the file does not end well."
+    """Yield the whole frames of a file in pieces (`mdtraj.Trajectory`). Raises ValueError on a wrong topology, at
+    the end DamagedFile if the file does not end well."""
     path, n = Path(path), 0
-    if (found := atoms_in_file(path, topology)) != topology.n_atoms: raise ValueError(f'{path}: frame 0 has {found} atoms and does not fit the topology of {topology.n_atoms} atoms; give the structure file that belongs to this trajectory')
+    if (found := atoms_in_file(path, topology)) != topology.n_atoms:
+        raise ValueError(f'{path}: frame 0 has {found} atoms and does not fit the topology of {topology.n_atoms} '
+                         f'atoms; give the structure file that belongs to this trajectory')
     try:
         for piece in md.iterload(str(path), top=topology, chunk=chunk, atom_indices=atoms):
             yield piece
@@ -718,11 +822,14 @@ def read_frames(path: str|Path,                # one trajectory file
     except _UNREADABLE as e:
         cause, skip = str(e), n if topology.n_atoms > 9 else 0 # mdtraj cannot skip in a cut xtc file of so few atoms
         with suppress(*_UNREADABLE): # whole frames between the last piece and the damage
-            for k, piece in enumerate(md.iterload(str(path), top=topology, chunk=1, skip=skip, atom_indices=atoms), skip):
+            for k, piece in enumerate(md.iterload(str(path), top=topology, chunk=1, skip=skip, atom_indices=atoms),
+                                      skip):
                 if k < n: continue
                 yield piece
                 n += 1
-    if cause: raise DamagedFile(f'{path}: frame {n}: the file is cut short or damaged after {n} whole frames ({cause}); copy it again')
+    if cause:
+        raise DamagedFile(f'{path}: frame {n}: the file is cut short or damaged after {n} whole frames ({cause}); '
+                          f'copy it again')
 
 # %% ../nbs/11_data.ipynb #0f42e8e7
 def _cut_short(path, n, atoms): # why a file that seemed to end well did not, or ''
@@ -760,7 +867,9 @@ def _dcd_short(path, n, size, atoms):
     box, fourth = charmm and number(48), charmm and number(52) # other writers keep the time step there
     rest = (size - 112 - number(92)) % (12*atoms + 24 + 56*bool(box) + (4*atoms + 8)*(fourth == 1))
     if rest and not fixed: return f'{rest} bytes of an unfinished frame at its end'
-    if number(8) > n: warnings.warn(f'{path}: the header promises {number(8)} frames, the file has {n}, all whole; make sure that none is missing', stacklevel=2)
+    if number(8) > n:
+        warnings.warn(f'{path}: the header promises {number(8)} frames, the file has {n}, all whole; make sure that '
+                      f'none is missing', stacklevel=2)
     return ''
 
 # %% ../nbs/11_data.ipynb #83aca6ba
@@ -769,7 +878,8 @@ def stream_frames(files: list,           # trajectory files; one path is a list 
                   chunk: int = 1000,     # frames at a time
                   atoms: np.ndarray|None = None, # indices; default all
                   progress: bool = False):
-    "Yield (number of the trajectory, `mdtraj.Trajectory` of at most `chunk` frames). Raises ValueError on a damaged file, naming file and frame."
+    """Yield (number of the trajectory, `mdtraj.Trajectory` of at most `chunk` frames). Raises ValueError on a
+    damaged file, naming file and frame."""
     files = [files] if isinstance(files, (str, Path)) else list(files)
     top = load_topology(topology)
     with tqdm(unit='frame', disable=not progress) as bar:
@@ -786,7 +896,8 @@ def _check_numbers(path, first, piece):
     bad = ~np.isfinite(piece.xyz).all(axis=2)
     if bad.any():
         frame, atom = np.argwhere(bad)[0]
-        raise ValueError(f'{path}: frame {first + frame}, atom {piece.topology.atom(int(atom))}: position is not a number')
+        raise ValueError(f'{path}: frame {first + frame}, atom {piece.topology.atom(int(atom))}: position is not a '
+                         f'number')
 
 # %% ../nbs/11_data.ipynb #6e301451
 def plot_distributions(series: list, # one array a trajectory

@@ -128,7 +128,8 @@ class Windows:
         first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
         self.frames, self.first = torch.from_numpy(x), torch.from_numpy(first)
         self.back, self.edges = torch.arange(1 - window, 1), torch.tensor(doublings(window, reach)).flip(0)
-        self.sums = torch.from_numpy(np.cumsum(np.vstack([0 * x[:1], x]), 0, np.float64)) if len(self.edges) > 1 else None
+        self.sums = torch.from_numpy(np.cumsum(np.vstack([0 * x[:1], x]), 0,
+                                               np.float64)) if len(self.edges) > 1 else None
 
     def to(self, device):
         for name, x in vars(self).items():
@@ -138,7 +139,8 @@ class Windows:
         "Windows that end on the given frames; before a trajectory begins its first frame is repeated."
         first = self.first[index][:, None]
         recent = self.frames[torch.maximum(index[:, None] + self.back, first)]
-        return recent if self.sums is None else torch.cat([self._means(index[:, None] + 1 - self.edges, first), recent], 1)
+        return recent if self.sums is None else torch.cat([self._means(index[:, None] + 1 - self.edges, first), recent],
+                                                          1)
 
     def _means(self, edge, first): # (B, K + 1), (B, 1) -> (B, K, C)
         "Mean over the frames from each edge up to the next."
@@ -161,7 +163,8 @@ def directions(
     "What a network reads: some features, and the combinations of all that explain most of the outcomes (Wold 1975)."
     x, s, y = (np.concatenate(a) for a in (features, states, outcomes(states)))
     known = (s < 0) & np.isfinite(y)
-    if known.sum() < 2: raise ValueError('fewer than two frames outside A and B have a known outcome; give longer trajectories')
+    if known.sum() < 2:
+        raise ValueError('fewer than two frames outside A and B have a known outcome; give longer trajectories')
     x, y = x[known].astype(np.float64), y[known]
     mean, scale = x.mean(0), x.std(0)
     scale[scale < 1e-6] = 1 # a constant column stays constant
@@ -175,7 +178,8 @@ class Memoryless(nn.Module):
     "Two dense layers on the present frame."
     def __init__(self, n_inputs, hidden, dropout, window):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(n_inputs, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.SiLU())
+        self.net = nn.Sequential(nn.Linear(n_inputs, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, hidden),
+                                 nn.SiLU())
         self.width = hidden
     def forward(self, x): return self.net(x[:, -1]) # (B, W, C) -> (B, width)
 
@@ -187,16 +191,19 @@ class Recurrent(nn.Module):
         self.lstm = nn.LSTM(n_inputs, hidden, batch_first=True)
         self.present = nn.Sequential(nn.Linear(n_inputs, hidden), nn.SiLU())
         self.width = 2 * hidden
-    def forward(self, x): return torch.cat([self.lstm(x)[0][:, -1], self.present(x[:, -1])], -1) # (B, W, C) -> (B, width)
+    # (B, W, C) -> (B, width)
+    def forward(self, x): return torch.cat([self.lstm(x)[0][:, -1], self.present(x[:, -1])], -1)
 
 # %% ../nbs/42_distillation.ipynb #30389fb8
 class Attentive(nn.Module):
-    "A Transformer whose last token looks back over the window, with the present frame handed past it (Vaswani et al. 2017)."
+    """A Transformer whose last token looks back over the window, with the present frame handed past it (Vaswani et
+    al. 2017)."""
     def __init__(self, n_inputs, hidden, dropout, window, heads=2, layers=1):
         super().__init__()
         self.embed = nn.Linear(n_inputs, hidden)
         self.place = nn.Parameter(0.02 * torch.randn(window, hidden))
-        layer = nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, dropout, 'gelu', batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, dropout, 'gelu', batch_first=True,
+                                           norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.present = nn.Sequential(nn.Linear(n_inputs, hidden), nn.SiLU())
         self.width = 2 * hidden
@@ -260,8 +267,10 @@ class Distillation(pl.LightningModule):
         self.options, self.network, self.windows, self.states, self.teacher = options, network, windows, states, teacher
         self.validation, self.advance = validation, advance
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.average)).requires_grad_(False)
-        self.log_book = dict(fingerprint=fingerprint, history=[], best=None, best_score=float('inf'), best_epoch=-1, finished=False, seconds=0.)
-        self.usable = _usable(self.targets(options.loss)) if options.loss in TARGETS else _usable([np.where(s < 0, 0., np.nan) for s in states])
+        self.log_book = dict(fingerprint=fingerprint, history=[], best=None, best_score=float('inf'), best_epoch=-1,
+                             finished=False, seconds=0.)
+        self.usable = _usable(self.targets(options.loss)) if options.loss in TARGETS else _usable([np.where(s < 0, 0.,
+            np.nan) for s in states])
         if options.bagging: self.usable = _bagged(self.usable, states, options.seed)
         self.n_batches = -(-len(self.usable) // options.batch_size)
 
@@ -275,11 +284,13 @@ class Distillation(pl.LightningModule):
     def configure_optimizers(self):
         o = self.options
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.learning_rate, total_steps=o.max_epochs * self.n_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.learning_rate,
+                                                       total_steps=o.max_epochs * self.n_batches)
         return {'optimizer': optimizer, 'lr_scheduler': {'scheduler': schedule, 'interval': 'step'}}
 
     def training_step(self, _, i):
-        if self.options.dropout: torch.manual_seed((1_000_003 * (1_000_003 * self.options.seed + self.current_epoch) + i) % 2**63)
+        if self.options.dropout:
+            torch.manual_seed((1_000_003 * (1_000_003 * self.options.seed + self.current_epoch) + i) % 2**63)
         index = self.order[i::self.n_batches][self.global_rank::self.trainer.world_size]
         return _batch_loss(self, index, i)
 
@@ -299,7 +310,8 @@ def variational(
     index: torch.Tensor, # (B,) interior frames
     z: torch.Tensor, # (B,) log-odds of those frames
 ) -> torch.Tensor:
-    "Functional with stopping times of a batch: squared displacement of the windows that start at a frame, or come to it from a boundary (Krivov 2025)."
+    """Functional with stopping times of a batch: squared displacement of the windows that start at a frame, or come
+    to it from a boundary (Krivov 2025)."""
     here, ahead, behind = torch.sigmoid(z), ends[0][index], ends[1][index]
     later = torch.where(flags[ahead] >= 0, flags[ahead], torch.sigmoid(network(windows(ahead.clamp(0)))))
     left = (behind >= 0) & (flags[behind] >= 0)
@@ -326,7 +338,8 @@ def interior_zq(
     flags: torch.Tensor, # float (b, s): 0, 1 or -1
     ends: dict, # lag -> int64 (N,), where the window of each frame ends; -1 for none
 ) -> torch.Tensor: # (lags, places), per frame of the blocks
-    "Interior part of Z_q with soft bins: stopped displacements of the windows that start between the states below each place."
+    """Interior part of Z_q with soft bins: stopped displacements of the windows that start between the states below
+    each place."""
     z = []
     for lag, end in ends.items():
         hop = end[start[:, :-lag]] - start[:, :-lag]
@@ -348,11 +361,13 @@ def _batch_loss(m, index, i):
 
 # %% ../nbs/42_distillation.ipynb #a3dc93ce
 def _zq_penalty(m, i):
-    "Gradient of the mean square of Z_q / N_AB: what the last batches found, never more than 1, times what this one finds; rises as lambda falls."
+    """Gradient of the mean square of Z_q / N_AB: what the last batches found, never more than 1, times what this one
+    finds; rises as lambda falls."""
     o, n = m.options, len(m.windows.frames)
     span = 4 * max(o.lags)
     rng = np.random.default_rng([o.seed, m.current_epoch, i, m.global_rank])
-    frames = torch.from_numpy(rng.integers(n, size=(max(1, 2 * o.batch_size // span), 1))).to(m.device) + torch.arange(span, device=m.device)
+    frames = torch.from_numpy(rng.integers(n, size=(max(1, 2 * o.batch_size // span),
+                                                    1))).to(m.device) + torch.arange(span, device=m.device)
     frames = torch.minimum(frames, m.last[frames[:, :1]]) # a block that leaves its trajectory repeats the last frame
     flags = m.flags[frames]
     r = torch.where(flags >= 0, flags, torch.sigmoid(m.network(m.windows(frames.flatten()))).view(frames.shape))
@@ -366,7 +381,8 @@ def _usable(y):
     "Frames that have a target and a next frame."
     y = [np.append(v[:-1], np.nan) for v in y]
     usable = np.flatnonzero(np.isfinite(np.concatenate(y)))
-    if not len(usable): raise ValueError('no training frame outside A and B has a target; give longer trajectories, or other states')
+    if not len(usable):
+        raise ValueError('no training frame outside A and B has a target; give longer trajectories, or other states')
     return usable
 
 # %% ../nbs/42_distillation.ipynb #d13fa404
@@ -381,7 +397,8 @@ def _on_fit_start(m):
 
 # %% ../nbs/42_distillation.ipynb #6671ce74
 def _bagged(usable, states, seed):
-    "Frames of as many excursions as there are, drawn with replacement (Breiman 1996): all frames between two visits to a boundary come together."
+    """Frames of as many excursions as there are, drawn with replacement (Breiman 1996): all frames between two
+    visits to a boundary come together."""
     visit = np.concatenate([s >= 0 for s in states])
     visit[np.cumsum([0, *map(len, states[:-1])])] = True
     _, excursion = np.unique(np.cumsum(visit)[usable], return_inverse=True)
@@ -398,8 +415,10 @@ def _begin_epoch(m):
     wanted |= {'martingale': o.martingale_weight + (o.loss == 'martingale')} if o.martingale_weight else {}
     if o.zq_weight:
         r = torch.from_numpy(np.concatenate(clamp(predict(m.network, m.windows), m.states))).float().to(m.device)
-        m.zq = interior_zq(r[None], torch.arange(len(r), device=m.device)[None], m.flags[None], {k: e[0] for k, e in m.ends.items()}) * m.frames_per_transition
-    m.terms = [(w, loss, torch.from_numpy(np.concatenate(m.targets(loss)).astype(np.float32)).to(m.device)) for loss, w in wanted.items()]
+        m.zq = interior_zq(r[None], torch.arange(len(r), device=m.device)[None], m.flags[None],
+                           {k: e[0] for k, e in m.ends.items()}) * m.frames_per_transition
+    m.terms = [(w, loss, torch.from_numpy(np.concatenate(m.targets(loss)).astype(np.float32)).to(m.device))
+               for loss, w in wanted.items()]
 
 # %% ../nbs/42_distillation.ipynb #1a2dac24
 def _end_epoch(m):
@@ -434,7 +453,8 @@ def martingale_equations(
     flags, # int8 (T,)
     lam, # of the eligibility traces
 ): # (n, m) and (n,): A and b of A @ alpha + b = 0
-    "Least-squares temporal difference, summed over one trajectory (Bradtke and Barto 1996, Boyan 2002); trials count as 0 on the boundary."
+    """Least-squares temporal difference, summed over one trajectory (Bradtke and Barto 1996, Boyan 2002); trials
+    count as 0 on the boundary."""
     A, b, trace = np.zeros((trials.shape[1], tests.shape[1])), np.zeros(tests.shape[1]), np.zeros(tests.shape[1])
     for t in range(len(r) - 1):
         if flags[t] >= 0:
@@ -457,7 +477,8 @@ def solve_head(
     ridge: float = 1e-3, # of the change, relative to the diagonal of the equations
     steps: int = 4, # of Newton's method
 ) -> None:
-    "Make the increments of the committor orthogonal to what the last layer reads: LSTD for a sigmoid, by Newton's method."
+    """Make the increments of the committor orthogonal to what the last layer reads: LSTD for a sigmoid, by Newton's
+    method."""
     phi = hidden_layer(network, windows)
     w = start = torch.cat([network.head.weight[0], network.head.bias]).detach().double().cpu().numpy()
     for _ in range(steps):
@@ -494,7 +515,8 @@ def recalibration(
     n_knots: int = 20, # at quantiles of r between the states
     ridge: float = 1e-3, # how firmly the function is held to the identity
 ) -> tuple: # knots, and the value at each: a piecewise linear, increasing function with 0 -> 0 and 1 -> 1
-    "Monotone function of r whose stopped increments have no mean at any r: LSTD in one dimension, then isotonic regression."
+    """Monotone function of r whose stopped increments have no mean at any r: LSTD in one dimension, then isotonic
+    regression."""
     r = clamp(r, states)
     inside = np.concatenate([x[s < 0] for x, s in zip(r, states)])
     knots = np.unique(np.r_[0, np.quantile(inside, (np.arange(n_knots) + .5) / n_knots), 1])
@@ -520,14 +542,18 @@ def _digest(options, *parts):
 def _check_options(o):
     "Refuse options that make no student."
     for name, allowed in (('architecture', ARCHITECTURES), ('loss', LOSSES)):
-        if getattr(o, name) not in allowed: raise ValueError(f'{name}={getattr(o, name)!r} is not known; choose one of {", ".join(allowed)}')
+        if getattr(o, name) not in allowed:
+            raise ValueError(f'{name}={getattr(o, name)!r} is not known; choose one of {", ".join(allowed)}')
     if o.loss == 'variational' and (o.window > 1 or o.reach or o.differences):
-        raise ValueError('loss="variational" is for memoryless students: with a window the functional falls below its bound by smoothing; use loss="martingale"')
+        raise ValueError('loss="variational" is for memoryless students: with a window the functional falls below its '
+                         'bound by smoothing; use loss="martingale"')
     if not o.lags or min(o.lags) < 1: raise ValueError(f'lags={o.lags}; give one or more lags of at least one frame')
     for name in ('window', 'members', 'max_epochs', 'batch_size', 'hidden'):
         if (value := getattr(o, name)) < 1: raise ValueError(f'{name}={value}; it must be at least 1')
-    if o.architecture == 'transformer' and o.hidden % 2: raise ValueError(f'hidden={o.hidden}; a transformer needs an even number, it has two heads')
-    if o.keep + (o.components or 0) < 1 and o.components is not None: raise ValueError('keep=0 and components=0 leave a student nothing to read')
+    if o.architecture == 'transformer' and o.hidden % 2:
+        raise ValueError(f'hidden={o.hidden}; a transformer needs an even number, it has two heads')
+    if o.keep + (o.components or 0) < 1 and o.components is not None:
+        raise ValueError('keep=0 and components=0 leave a student nothing to read')
 
 # %% ../nbs/42_distillation.ipynb #bcf39815
 @dataclass
@@ -538,7 +564,8 @@ class StudentOptions:
     window: int = 4 # frames seen one by one, the present one included; 1 for 'mlp'
     reach: int = 0 # frames; beyond the window the past is read as means over doubling stretches; 0 for 'mlp'
     keep: int = 4 # leading features that are read as they are
-    components: int | None = 4 # combinations of all features that are read besides (`directions`); None: read all features
+    # combinations of all features that are read besides (`directions`); None: read all features
+    components: int | None = 4
     differences: bool = False # read also the change since the frame before
     hidden: int = 16 # width of the layers
     lam: float = 0.5 # of the martingale targets, at the end: 0 next frame, 1 next boundary
@@ -577,7 +604,8 @@ def _validated(student, features, states, teacher, validation):
     "All inputs of `fit`, checked together."
     X = as_ensemble(features, np.float32, 'features')
     S = check_states(states, [len(x) for x in X])
-    if (teacher is None) and student.loss.startswith('teacher'): raise ValueError(f'loss={student.loss!r} needs teacher=, the committor of the training frames')
+    if (teacher is None) and student.loss.startswith('teacher'):
+        raise ValueError(f'loss={student.loss!r} needs teacher=, the committor of the training frames')
     if teacher is not None:
         teacher = as_ensemble(teacher, np.float64, 'teacher')
         check_states(S, [len(t) for t in teacher])
@@ -585,7 +613,8 @@ def _validated(student, features, states, teacher, validation):
         V = as_ensemble(validation[0], np.float32, 'validation features')
         validation = V, check_states(validation[1], [len(x) for x in V])
     shapes = {x.shape[1:] for x in X + (validation[0] if validation else [])}
-    if len(shapes) > 1 or any(len(s) != 1 for s in shapes): raise ValueError(f'features must be (T, F) with the same F in every trajectory; found {sorted(shapes)}')
+    if len(shapes) > 1 or any(len(s) != 1 for s in shapes):
+        raise ValueError(f'features must be (T, F) with the same F in every trajectory; found {sorted(shapes)}')
     return X, S, teacher, validation
 
 # %% ../nbs/42_distillation.ipynb #6ce8dd69
@@ -614,9 +643,12 @@ def _train(student, member, windows, states, teacher, validation, directory, dig
         bar.update()
         if validation: bar.set_postfix({k: f'{row[k]:.3f}' for k in ('log_loss', 't_max')})
     model = Distillation(options, student._network(), windows, states, teacher, validation, digest, advance)
-    keep = [ModelCheckpoint(dirpath=directory, filename=checkpoint.stem, save_on_train_epoch_end=True, enable_version_counter=False)] if directory else []
-    trainer = pl.Trainer(max_epochs=options.max_epochs, accelerator=options.accelerator, devices=options.devices, callbacks=keep, logger=False,
-        enable_checkpointing=bool(keep), enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False)
+    keep = [ModelCheckpoint(dirpath=directory, filename=checkpoint.stem, save_on_train_epoch_end=True,
+                            enable_version_counter=False)] if directory else []
+    trainer = pl.Trainer(max_epochs=options.max_epochs, accelerator=options.accelerator, devices=options.devices,
+                         callbacks=keep, logger=False,
+        enable_checkpointing=bool(keep), enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        use_distributed_sampler=False)
     trainer.fit(model, ckpt_path=str(checkpoint) if book else None, weights_only=True)
     return model.log_book
 
@@ -626,7 +658,8 @@ def _resumable(checkpoint, digest):
     if checkpoint is None or not checkpoint.exists(): return None
     book = torch.load(checkpoint, map_location='cpu', weights_only=True)['log_book']
     if book['fingerprint'] != digest:
-        raise ValueError(f'{checkpoint} belongs to another student or other data; choose another directory or delete that file')
+        raise ValueError(f'{checkpoint} belongs to another student or other data; choose another directory or delete '
+                         f'that file')
     return book
 
 # %% ../nbs/42_distillation.ipynb #d5c0d2fb
@@ -639,7 +672,8 @@ class _Stored:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f'{m}.{k}': v.contiguous() for m, n in enumerate(self.networks) for k, v in n.state_dict().items()}
-        tensors |= {k: torch.from_numpy(v) for k in ('mean', 'mix', 'pace', 'bend') if (v := getattr(self, k)) is not None}
+        tensors |= {k: torch.from_numpy(v) for k in ('mean', 'mix', 'pace', 'bend')
+                    if (v := getattr(self, k)) is not None}
         card = dict(options=asdict(self), seconds=self.seconds, history=self.history, error_budget=self.error_budget)
         replacing(directory / 'student.safetensors', lambda p: save_file(tensors, str(p)))
         replacing(directory / 'student.json', lambda p: p.write_text(json.dumps(card, indent=1)))
@@ -651,12 +685,16 @@ class _Stored:
         "Read a student back; raises `FileNotFoundError` if the directory holds none."
         directory = Path(directory)
         for name in ('student.json', 'student.safetensors'):
-            if not (directory / name).exists(): raise FileNotFoundError(f'{directory} has no {name}; give the directory that Student.save wrote')
-        card, tensors = json.loads((directory / 'student.json').read_text()), load_file(str(directory / 'student.safetensors'))
+            if not (directory / name).exists():
+                raise FileNotFoundError(f'{directory} has no {name}; give the directory that Student.save wrote')
+        card, tensors = json.loads((directory / 'student.json').read_text()), load_file(str(directory
+                                                                                            / 'student.safetensors'))
         self = cls(**card['options'])
-        self.mean, self.mix, self.pace, self.bend = (tensors.pop(k).numpy() if k in tensors else None for k in ('mean', 'mix', 'pace', 'bend'))
+        self.mean, self.mix, self.pace, self.bend = (tensors.pop(k).numpy() if k in tensors else None
+                                                     for k in ('mean', 'mix', 'pace', 'bend'))
         self.seconds, self.history, self.error_budget = (card[k] for k in ('seconds', 'history', 'error_budget'))
-        weights = [{k.split('.', 1)[1]: v for k, v in tensors.items() if k.startswith(f'{m}.')} for m in range(self.members)]
+        weights = [{k.split('.', 1)[1]: v for k, v in tensors.items() if k.startswith(f'{m}.')}
+                   for m in range(self.members)]
         self.networks = [_restored(self._network, w) for w in weights]
         return self
 
@@ -677,7 +715,8 @@ class _Answers:
         states=None, # flags of the same frames; the spread is then 0 on A and B
     ) -> list: # float64 (T,) per trajectory
         "Standard deviation of the members' committors of every frame; raises `ValueError` for a single member."
-        if self.members < 2: raise ValueError('one network has no spread; train with members=5, and bagging=True for an honest one')
+        if self.members < 2:
+            raise ValueError('one network has no spread; train with members=5, and bagging=True for an honest one')
         r = [x if self.bend is None else np.interp(x, *self.bend) for x in self._each(features)]
         s = [x.std(0, ddof=1) for x in r]
         return s if states is None else [np.where(f >= 0, 0., x) for x, f in zip(s, states)]
@@ -686,7 +725,8 @@ class _Answers:
         "Committor by every member, (M, T) per trajectory."
         if not self.networks: raise ValueError('this student has not been trained; call fit or load first')
         X = as_ensemble(features, np.float32, 'features')
-        if any(x.ndim != 2 or x.shape[1] != len(self.mean) for x in X): raise ValueError(f'this student reads {len(self.mean)} features a frame; found {X[0].shape[1:]}')
+        if any(x.ndim != 2 or x.shape[1] != len(self.mean) for x in X):
+            raise ValueError(f'this student reads {len(self.mean)} features a frame; found {X[0].shape[1:]}')
         with quiet(self.threads):
             windows = self._windows(X)
             return [np.stack(m) for m in zip(*(predict(n, windows) for n in self.networks))]
@@ -697,8 +737,11 @@ class Student(StudentOptions, _Answers, _Stored):
     @property
     def n_parameters(self): return sum(p.numel() for n in self.networks for p in n.parameters())
     @property
-    def tokens(self): return self.window + len(doublings(self.window, self.reach)) - 1 # what a network reads: frames one by one, and means
-    def _network(self): return CommittorNetwork(self.architecture, self.mix.shape[1] * (1 + self.differences), self.hidden, self.dropout, self.tokens)
+    # what a network reads: frames one by one, and means
+    def tokens(self): return self.window + len(doublings(self.window, self.reach)) - 1
+    def _network(self):
+        return CommittorNetwork(self.architecture, self.mix.shape[1] * (1 + self.differences), self.hidden,
+                                self.dropout, self.tokens)
     def _windows(self, features): return Windows(features, self.mean, self.mix, self.window, self.pace, self.reach)
 
     def fit(self,
@@ -709,14 +752,18 @@ class Student(StudentOptions, _Answers, _Stored):
         directory=None, # where to keep checkpoints; a fit that was killed goes on from there
         progress: bool = True, # show a bar of epochs, and the error budget at the end
     ) -> 'Student':
-        "Train; raises `ValueError` for data that do not fit together or a directory that holds another student's checkpoints."
+        """Train; raises `ValueError` for data that do not fit together or a directory that holds another student's
+        checkpoints."""
         X, S, teacher, validation = _validated(self, features, states, teacher, validation)
-        digest = _digest({k: v for k, v in asdict(self).items() if k not in _HARDWARE}, X, S, teacher, *(validation or ()))
+        digest = _digest({k: v for k, v in asdict(self).items() if k not in _HARDWARE}, X, S, teacher,
+                         *(validation or ()))
         self.mean, self.mix = directions(X, S, self.components, self.keep)
         self.pace = _pace(X, self.mix) if self.differences else None
         held_out = validation and (self._windows(validation[0]), validation[1])
-        with quiet(self.threads), tqdm(total=self.members * self.max_epochs, disable=not progress, desc=f'{self.architecture}, {self.loss}') as bar:
-            books = [_train(self, m, self._windows(X), S, teacher, held_out, directory, digest, bar) for m in range(self.members)]
+        with quiet(self.threads), tqdm(total=self.members * self.max_epochs, disable=not progress,
+                                       desc=f'{self.architecture}, {self.loss}') as bar:
+            books = [_train(self, m, self._windows(X), S, teacher, held_out, directory, digest, bar)
+                     for m in range(self.members)]
             self.networks, self.bend = [_restored(self._network, b['best']) for b in books], None
             if self.lstd:
                 for network in self.networks: solve_head(network, self._windows(X), S, self.lam, self.ridge)
@@ -724,7 +771,9 @@ class Student(StudentOptions, _Answers, _Stored):
         self.history = [dict(member=m, **row) for m, b in enumerate(books) for row in b['history']]
         self.seconds = sum(b['seconds'] for b in books)
         if teacher: self.error_budget = error_budget(self.transform(X, S), clamp(teacher, S), S)
-        if teacher and progress: tqdm.write(f'{self.architecture}, {self.loss}: N_int * MSE / N_AB = {self.error_budget:.3f} against the teacher, training frames')
+        if teacher and progress:
+            tqdm.write(f'{self.architecture}, {self.loss}: N_int * MSE / N_AB = {self.error_budget:.3f} against the '
+                       f'teacher, training frames')
         return self
 
 # %% ../nbs/42_distillation.ipynb #7b02bb34
@@ -738,8 +787,10 @@ def report(
     "Size, cost and judgement of a student on the given frames."
     r = student.transform(features, states)
     z, s = profile(r, states, lags), scores(r, states)
-    row = dict(parameters=student.n_parameters, seconds=round(student.seconds, 1), log_loss=s.log_loss, auc=s.auc, t_max=z.t_max, passed=bool(z.verdict.passed), label=z.verdict.label,
-               lags=z.lags.tolist(), t_max_per_lag=z.t_max_per_lag.tolist() if z.n_ab else None, ratio_per_lag=z.ratio.mean(1).tolist() if z.n_ab else None)
+    row = dict(parameters=student.n_parameters, seconds=round(student.seconds, 1), log_loss=s.log_loss, auc=s.auc,
+               t_max=z.t_max, passed=bool(z.verdict.passed), label=z.verdict.label,
+               lags=z.lags.tolist(), t_max_per_lag=z.t_max_per_lag.tolist() if z.n_ab else None,
+               ratio_per_lag=z.ratio.mean(1).tolist() if z.n_ab else None)
     return row | ({} if reference is None else dict(error_budget=error_budget(r, clamp(reference, states), states)))
 
 # %% ../nbs/42_distillation.ipynb #99abacf0

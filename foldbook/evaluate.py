@@ -54,13 +54,15 @@ def split(lengths, # frames in each trajectory
           fractions=(.6, .15, .25), # of training, validation and test
           gap: int=100 # frames left out at a cut, when trajectories must be cut
          ) -> Split:
-    "Whole trajectories to each part; contiguous blocks with a gap when there are fewer than three. Raises `ValueError` if one is too short."
+    """Whole trajectories to each part; contiguous blocks with a gap when there are fewer than three. Raises
+    `ValueError` if one is too short."""
     n = len(lengths)
     if n < 3: return _split_blocks(lengths, fractions, gap)
     order = np.arange(n) if seed is None else np.random.default_rng(seed).permutation(n)
     n_test, n_val = (max(1, round(f*n)) for f in (fractions[2], fractions[1]))
     train, validation, test = np.split(order, [n - n_test - n_val, n - n_test])
-    return Split(tuple((i, 0, int(t)) for i, t in enumerate(lengths)), *(tuple(sorted(map(int, p))) for p in (train, validation, test)))
+    return Split(tuple((i, 0, int(t)) for i, t in enumerate(lengths)),
+                 *(tuple(sorted(map(int, p))) for p in (train, validation, test)))
 
 # %% ../nbs/60_evaluation.ipynb #304e847c
 def _split_blocks(lengths, fractions, gap):
@@ -69,7 +71,8 @@ def _split_blocks(lengths, fractions, gap):
         cuts = np.rint(np.cumsum([0, *fractions])*t).astype(int)
         blocks += [(i, int(a) + (gap if k else 0), int(b)) for k, (a, b) in enumerate(zip(cuts[:-1], cuts[1:]))]
         if min(b - a for _, a, b in blocks[-3:]) < 2:
-            raise ValueError(f'trajectory {i} has {t} frames: too few to cut into three blocks with gaps of {gap}; give more trajectories or a smaller gap')
+            raise ValueError(f'trajectory {i} has {t} frames: too few to cut into three blocks with gaps of {gap}; '
+                             f'give more trajectories or a smaller gap')
     return Split(tuple(blocks), *(tuple(range(k, len(blocks), 3)) for k in range(3)))
 
 # %% ../nbs/60_evaluation.ipynb #2bf17946
@@ -77,7 +80,8 @@ def shooting_error(r, # committor at the shot frames, `(n,)`
                    hits, # shots that reached B first, `(n,)`
                    shots # shots that reached A or B, `(n,)`
                   ) -> dict: # mse, its standard error, rmse, its standard error, frames
-    "Mean squared error to the true committor, without the bias from a finite number of shots. Frames with fewer than two shots are left out."
+    """Mean squared error to the true committor, without the bias from a finite number of shots. Frames with fewer
+    than two shots are left out."""
     r, hits, shots = (np.asarray(v, float) for v in (r, hits, shots))
     use = shots > 1
     if not use.any(): raise ValueError('no frame has two finished shots')
@@ -85,7 +89,8 @@ def shooting_error(r, # committor at the shot frames, `(n,)`
     e = (r[use] - p)**2 - p*(1 - p)/(n - 1) # (n,)
     mse, se = e.mean(), e.std(ddof=1)/np.sqrt(len(e)) if len(e) > 1 else np.nan
     rmse = np.sqrt(max(mse, 0))
-    return dict(mse=mse, mse_se=se, rmse=rmse, rmse_se=se/(2*max(rmse, np.sqrt(se))) if len(e) > 1 else np.nan, frames=int(use.sum()))
+    return dict(mse=mse, mse_se=se, rmse=rmse, rmse_se=se/(2*max(rmse, np.sqrt(se))) if len(e) > 1 else np.nan,
+                frames=int(use.sum()))
 
 # %% ../nbs/60_evaluation.ipynb #d861d5f0
 @dataclass
@@ -110,14 +115,20 @@ def judge(c: Candidate, # the coordinate
          ) -> tuple: # row of the leaderboard (dict), `ZqResult`
     "Z_q over the ladder with its verdict, proper scores, error against shooting, cost."
     with np.errstate(over='ignore'): z = profile(c.r, c.states, lags=lags, n_bootstrap=n_bootstrap, seed=seed)
-    v, s, number = z.verdict, scores(c.r, c.states), lambda x: np.nan if x is None else x # None: no transition to count in
-    row = dict(coordinate=c.name, kind=c.kind, in_sample=c.in_sample, passed=bool(v.passed), verdict=v.label, reason=v.reason,
-               t_max=number(z.t_max), t_max_se=number(z.t_max_se), t_sd=number(z.t_sd), log_loss=s.log_loss, brier=s.brier, auc=s.auc)
+    # None: no transition to count in
+    v, s, number = z.verdict, scores(c.r, c.states), lambda x: np.nan if x is None else x
+    row = dict(coordinate=c.name, kind=c.kind, in_sample=c.in_sample, passed=bool(v.passed), verdict=v.label,
+               reason=v.reason,
+               t_max=number(z.t_max), t_max_se=number(z.t_max_se), t_sd=number(z.t_sd), log_loss=s.log_loss,
+               brier=s.brier, auc=s.auc)
     e = shooting_error(*c.shots) if c.shots is not None else {}
     n_int = sum(int((np.asarray(f) < 0).sum()) for f in c.states)
-    row |= dict(rmse=e.get('rmse', np.nan), rmse_se=e.get('rmse_se', np.nan), budget=n_int*e.get('mse', np.nan)/max(z.n_ab, 1))
-    row |= dict(events=int(z.n_ab), frames=sum(map(len, c.r)), parameters=c.parameters, seconds=c.seconds, microseconds_per_frame=c.microseconds)
-    return row | dict(t_max_per_lag=[] if z.t_max is None else np.asarray(z.t_max_per_lag).tolist(), lags=np.asarray(z.lags).tolist()) | c.extra, z
+    row |= dict(rmse=e.get('rmse', np.nan), rmse_se=e.get('rmse_se', np.nan),
+                budget=n_int*e.get('mse', np.nan)/max(z.n_ab, 1))
+    row |= dict(events=int(z.n_ab), frames=sum(map(len, c.r)), parameters=c.parameters, seconds=c.seconds,
+                microseconds_per_frame=c.microseconds)
+    return row | dict(t_max_per_lag=[] if z.t_max is None else np.asarray(z.t_max_per_lag).tolist(),
+                      lags=np.asarray(z.lags).tolist()) | c.extra, z
 
 # %% ../nbs/60_evaluation.ipynb #562222b5
 SPREAD = ('t_max', 'log_loss', 'auc', 'rmse') # columns whose values over the seeds are kept
@@ -128,11 +139,15 @@ def over_seeds(rows # dicts from `judge`, one coordinate, one a seed
     n_passed, first = sum(bool(r['passed']) for r in rows), rows[0]
     passed = 2*n_passed > len(rows)
     same = [r for r in rows if bool(r['passed']) == passed] # a label that agrees with the verdict of the majority
-    row = dict(first) | {k: _median([r[k] for r in rows]) for k, v in first.items() if isinstance(v, (float, np.floating))}
-    row |= dict(passed=passed, verdict=same[0]['verdict'], reason=same[0]['reason'], seeds=len(rows), seeds_passed=n_passed)
+    row = dict(first) | {k: _median([r[k] for r in rows])
+                         for k, v in first.items() if isinstance(v, (float, np.floating))}
+    row |= dict(passed=passed, verdict=same[0]['verdict'], reason=same[0]['reason'], seeds=len(rows),
+                seeds_passed=n_passed)
     row |= {f'{k}_seeds': [float(r[k]) for r in rows] for k in SPREAD}
     ladders = [r['t_max_per_lag'] for r in rows if len(r['t_max_per_lag'])]
-    if ladders: row |= dict(t_max_per_lag=np.median(ladders, 0).tolist(), t_max_per_lag_range=[np.min(ladders, 0).tolist(), np.max(ladders, 0).tolist()])
+    if ladders:
+        row |= dict(t_max_per_lag=np.median(ladders, 0).tolist(),
+                    t_max_per_lag_range=[np.min(ladders, 0).tolist(), np.max(ladders, 0).tolist()])
     return row
 
 # %% ../nbs/60_evaluation.ipynb #72ff2404
@@ -143,14 +158,16 @@ def leaderboard(rows # dicts from `judge`
                ) -> pd.DataFrame: # one line a coordinate
     "Held-out coordinates first: those that pass Z_q, then by log-loss; rows judged in-sample last."
     table = pd.DataFrame(list(rows))
-    order = table.assign(failed=~table.passed.astype(bool)).sort_values(['in_sample', 'failed', 'log_loss'], kind='stable').index
+    order = table.assign(failed=~table.passed.astype(bool)).sort_values(['in_sample', 'failed', 'log_loss'],
+                                                                        kind='stable').index
     return table.loc[order].reset_index(drop=True)
 
 # %% ../nbs/60_evaluation.ipynb #a946dec2
 def choose(validation, # rows of `judge` on the validation part
            training: dict=None # T_max on the training part, by coordinate
           ) -> str: # name
-    "The held-out coordinate that passes on validation, and does not fail on its own training frames, with the least log-loss; the least log-loss when none passes."
+    """The held-out coordinate that passes on validation, and does not fail on its own training frames, with the
+    least log-loss; the least log-loss when none passes."""
     sound = lambda r: r['passed'] and (training or {}).get(r['coordinate'], 0) <= LIMIT
     table = leaderboard(r | dict(passed=sound(r)) for r in validation if not r['in_sample'])
     return str(table.coordinate[0])
@@ -163,11 +180,14 @@ def headline(table, # leaderboard on the test part
     t = table.set_index('coordinate')
     c, others = t.loc[chosen], t[~t.in_sample.astype(bool) & t.kind.isin(('one-dimensional', 'baseline'))]
     n, rival = int(c.get('seeds', 1) or 1), others.sort_values('log_loss').iloc[0] if len(others) else None
-    text = (f'{chosen}, chosen on the validation part, {"PASSES" if c.passed else "FAILS"} Z_q{_in_seeds(c)} on {int(c.frames):,} held-out frames with {int(c.events)} folding events: '
-            f'{"median " if n > 1 else ""}T_max {_pm(c.t_max, c.t_max_se)} (limit 3.0), log-loss {c.log_loss:.3f}, AUC {c.auc:.3f}. ')
+    text = (f'{chosen}, chosen on the validation part, {"PASSES" if c.passed else "FAILS"} Z_q{_in_seeds(c)} on '
+            f'{int(c.frames):,} held-out frames with {int(c.events)} folding events: '
+            f'{"median " if n > 1 else ""}T_max {_pm(c.t_max, c.t_max_se)} (limit 3.0), log-loss {c.log_loss:.3f}, '
+            f'AUC {c.auc:.3f}. ')
     if not c.passed: text += f'Reason: {c.reason}. '
     if rival is None or rival.name == chosen: return text.strip()
-    return text + (f'The best order parameter, slow mode or regression by log-loss, {rival.name}, has T_max {_pm(rival.t_max, rival.t_max_se)} '
+    return text + (f'The best order parameter, slow mode or regression by log-loss, {rival.name}, has T_max '
+                   f'{_pm(rival.t_max, rival.t_max_se)} '
                    f'({"pass" if rival.passed else "fail"}{_in_seeds(rival)}) and log-loss {rival.log_loss:.3f}.')
 
 def _in_seeds(row):
@@ -181,7 +201,8 @@ def _pm(x, e, digits=1, seeds=()):
     "A number with its error, and in brackets its range over several seeds."
     if x is None or not np.isfinite(x): return '–'
     low, high = (f'{f(seeds):.{digits}f}' if len(seeds) > 1 else '' for f in (min, max))
-    return f'{x:.{digits}f}' + (f' ± {e:.{digits}f}' if e is not None and np.isfinite(e) else '') + (f' ({low}–{high})' if low else '')
+    return f'{x:.{digits}f}' + (f' ± {e:.{digits}f}' if e is not None and np.isfinite(e) else '') + (f' ({low}–{high})'
+                                                                                                     if low else '')
 
 # %% ../nbs/60_evaluation.ipynb #ecc38d9d
 @dataclass
@@ -201,9 +222,12 @@ class Config:
     seed: int=0 # of every random number
     seeds: int=1 # how many times whatever is learned with random numbers is learned: seed, seed + 1, ...
     baselines: tuple=tuple(BASELINES) # names in `foldbook.baselines`
-    students: tuple=(*(f'{a}:{l}' for l in ('teacher_mse', 'martingale', 'teacher_cross_entropy', 'outcome') for a in ('lstm', 'transformer')), 'mlp:variational', 'residue:martingale') # architecture:loss
+    # architecture:loss
+    students: tuple=(*(f'{a}:{l}' for l in ('teacher_mse', 'martingale', 'teacher_cross_entropy', 'outcome')
+                       for a in ('lstm', 'transformer')), 'mlp:variational', 'residue:martingale')
     student_options: dict=field(default_factory=dict) # for `Student`
-    teacher_features: tuple=('Q', 'RMSD', 'Rg') # columns the teacher reads; a name that is missing is passed over, none at all means every column
+    # columns the teacher reads; a name that is missing is passed over, none at all means every column
+    teacher_features: tuple=('Q', 'RMSD', 'Rg')
     teacher_options: dict=field(default_factory=dict) # for `NonparametricCommittor`
     stride: int=1 # every so many-th frame is read; lags are then in units of that
     max_frames: int=0 # of each trajectory, after the stride; 0 takes all
@@ -218,7 +242,9 @@ class Config:
 # %% ../nbs/60_evaluation.ipynb #c2c42c6c
 def quick(**settings) -> Config:
     "A configuration that takes about a minute."
-    small = dict(max_frames=2500, n_bootstrap=30, baselines=('logistic', 'srv'), students=('lstm:martingale', 'transformer:martingale'), student_options=dict(max_epochs=15), teacher_options=dict(n_iterations=300))
+    small = dict(max_frames=2500, n_bootstrap=30, baselines=('logistic', 'srv'),
+                 students=('lstm:martingale', 'transformer:martingale'), student_options=dict(max_epochs=15),
+                 teacher_options=dict(n_iterations=300))
     return Config(**(small | settings))
 
 # %% ../nbs/60_evaluation.ipynb #152be62e
@@ -238,14 +264,18 @@ class Inputs:
 
 # %% ../nbs/60_evaluation.ipynb #fcabdf96
 def find_inputs(config) -> Inputs:
-    "Files, topology and states of a configuration. Raises `FileNotFoundError` naming a missing file, `ValueError` for a missing option."
+    """Files, topology and states of a configuration. Raises `FileNotFoundError` naming a missing file, `ValueError`
+    for a missing option."""
     if not config.trajectories: return _registered(config)
     if not config.topology: raise ValueError('trajectories need a native structure: give it with --top')
-    files, top, native = [Path(f) for f in config.trajectories], Path(config.topology), Path(config.native or config.topology)
+    files, top, native = [Path(f) for f in config.trajectories], Path(config.topology), Path(config.native
+                                                                                             or config.topology)
     for f in [*files, top, native]:
         if not f.exists(): raise FileNotFoundError(f'{f}: no such file')
-    return Inputs(native.stem, files, top, native, config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8', np.nan, np.nan,
-                  Path(config.shooting) if config.shooting else None, f'{len(files)} trajectories of {native.stem}, given by the user.')
+    return Inputs(native.stem, files, top, native, config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8', np.nan,
+                  np.nan,
+                  Path(config.shooting) if config.shooting else None, f'{len(files)} trajectories of {native.stem}, '
+                      f'given by the user.')
 
 # %% ../nbs/60_evaluation.ipynb #161e7917
 def _registered(config):
@@ -255,15 +285,19 @@ def _registered(config):
     d = fetch(config.data, progress=False)
     states = config.unfolded or d.states['unfolded'], config.folded or d.states['folded']
     words = f'{d.description}. Made by: {d.how_made}. Licence: {d.licence}.'
-    return Inputs(config.data, d.trajectories, d.topology, d.topology, *states, float(d.frame_spacing_ps or np.nan), float(d.temperature_kelvin or np.nan),
+    return Inputs(config.data, d.trajectories, d.topology, d.topology, *states, float(d.frame_spacing_ps or np.nan),
+                  float(d.temperature_kelvin or np.nan),
                   _matching_shots(config, d.topology.parent, *states), words)
 
 # %% ../nbs/60_evaluation.ipynb #e8f25486
 def _simulated(config, home):
     files = sorted(home.glob('*.xtc'), key=lambda p: (len(p.name), p.name))
-    if not files or not (home/'native.pdb').exists(): raise FileNotFoundError(f'{home}: no trajectories (*.xtc) with native.pdb; make them with foldbook simulate, or use --traj and --top')
+    if not files or not (home/'native.pdb').exists():
+        raise FileNotFoundError(f'{home}: no trajectories (*.xtc) with native.pdb; make them with foldbook simulate, '
+                                f'or use --traj and --top')
     states = config.unfolded or 'Q < 0.25', config.folded or 'Q > 0.8'
-    return Inputs(home.name, files, home/'native.pdb', home/'native.pdb', *states, np.nan, np.nan, _matching_shots(config, home, *states),
+    return Inputs(home.name, files, home/'native.pdb', home/'native.pdb', *states, np.nan, np.nan,
+                  _matching_shots(config, home, *states),
                   f'{len(files)} trajectories of the structure-based model in {home}.')
 
 # %% ../nbs/60_evaluation.ipynb #3d141180
@@ -275,11 +309,13 @@ def _matching_shots(config, home, unfolded, folded):
     return path if (unfolded, folded) == (f'Q < {a:g}', f'Q > {b:g}') else None
 
 # %% ../nbs/60_evaluation.ipynb #857dac59
-_BEFORE_STATES = ('data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'stride', 'max_frames') # settings behind the features
+# settings behind the features
+_BEFORE_STATES = ('data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'stride', 'max_frames')
 
 # %% ../nbs/60_evaluation.ipynb #838600ca
 class Run:
-    "A run directory: `stage` does what is not done yet. Raises `ValueError` if the directory holds a run with another configuration."
+    """A run directory: `stage` does what is not done yet. Raises `ValueError` if the directory holds a run with
+    another configuration."""
     def __init__(self,
                  config: Config, # what to run
                  out, # directory
@@ -287,7 +323,8 @@ class Run:
                  say=print # where progress goes, one line a call
                 ):
         self.config, self.path, self.say = config, Path(out), say
-        if self.path.exists() and any(f.name != '.lock' for f in self.path.iterdir()) and not (self.path/'config.json').exists():
+        if self.path.exists() and any(f.name != '.lock'
+                                      for f in self.path.iterdir()) and not (self.path/'config.json').exists():
             raise ValueError(f'{self.path} has files in it and is not a foldbook run: choose another --out')
         if overwrite and self.path.exists(): shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -295,7 +332,8 @@ class Run:
         stored = self.path/'config.json'
         if stored.exists() and (changed := config.difference(load_config(stored))):
             if not self._may_change([line.split(':')[0] for line in changed]):
-                raise ValueError(f'{self.path} holds a run with other settings ({"; ".join(changed)}): choose another --out, or --overwrite it')
+                raise ValueError(f'{self.path} holds a run with other settings ({"; ".join(changed)}): choose another '
+                                 f'--out, or --overwrite it')
         write_json(stored, asdict(config))
 
     def _may_change(self, keys) -> bool:
@@ -311,7 +349,8 @@ class Run:
         import fcntl
         self.lock = open(self.path/'.lock', 'w')
         try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ValueError(f'{self.path}: another foldbook run is writing there; wait for it, or choose another --out') from None
+        except OSError:
+            raise ValueError(f'{self.path}: another foldbook run is writing there; wait for it, or choose another --out') from None
 
     def close(self):
         "Give the directory back."
@@ -377,24 +416,31 @@ def _fingerprint(path, whole=2**28) -> dict:
 # %% ../nbs/60_evaluation.ipynb #9157d9ce
 def _check_same_files(run, inputs):
     "Refuse to go on with files that are not those the run was started with."
-    found, stored = [_fingerprint(f) for f in [*inputs.files, *dict.fromkeys((inputs.topology, inputs.native))]], run.path/'inputs.json'
+    found, stored = [_fingerprint(f)
+                     for f in [*inputs.files, *dict.fromkeys((inputs.topology, inputs.native))]], run.path/'inputs.json'
     if not stored.exists(): write_json(stored, found)
     for a, b in zip(json.loads(stored.read_text()), found):
-        if a != b: raise ValueError(f'{b["file"]} has changed since {run.path} was started (it was {a["file"]}, {a["bytes"]} bytes): choose another --out, or --overwrite it')
+        if a != b:
+            raise ValueError(f'{b["file"]} has changed since {run.path} was started (it was {a["file"]}, {a["bytes"]} '
+                             f'bytes): choose another --out, or --overwrite it')
 
 # %% ../nbs/60_evaluation.ipynb #ef4a32cf
 def _features(run, inputs, client=None):
     "Featurize file by file, or all that are missing at once on a Dask cluster; a file done before is not read again."
     from foldbook import features as ft
-    c, described = run.config, ft.named(run.config.features, ft.load_native(inputs.native), ft.model_contacts(inputs.topology))
+    c, described = run.config, ft.named(run.config.features, ft.load_native(inputs.native),
+                                        ft.model_contacts(inputs.topology))
     paths = [run.path/'features'/f'{i:03d}.npy' for i in range(len(inputs.files))]
     missing = [(p, f) for p, f in zip(paths, inputs.files) if not p.exists()]
     for part in [missing] if client and missing else [[m] for m in missing]:
-        made = ft.stream([f for _, f in part], inputs.topology, described, stride=c.stride, periodic=c.periodic, progress=False, client=client)[0]
+        made = ft.stream([f for _, f in part], inputs.topology, described, stride=c.stride, periodic=c.periodic,
+                         progress=False, client=client)[0]
         for (path, _), x in zip(part, made): save_array(path, x[:c.max_frames or None])
     lengths = [len(np.load(p, mmap_mode='r')) for p in paths]
     names = described.features.names
-    if missing := {'Q', 'RMSD'} - set(names): raise ValueError(f'features {run.config.features!r} lack {", ".join(sorted(missing))}, which the leaderboard compares with')
+    if missing := {'Q', 'RMSD'} - set(names):
+        raise ValueError(f'features {run.config.features!r} lack {", ".join(sorted(missing))}, which the leaderboard '
+                         f'compares with')
     replacing(run.path/'features.json', lambda p: p.write_text(described.features.to_json() + '\n'))
     return dict(lengths=lengths, said=f'{len(names)} features of {sum(lengths):,} frames in {len(lengths)} trajectories')
 
@@ -427,7 +473,9 @@ def _states(run, inputs, lengths):
 # %% ../nbs/60_evaluation.ipynb #6831dbda
 def _check_events(states, s, part, features, described, inputs):
     if all(count_transitions(s.take(states, part))): return
-    raise ValueError(f'no complete folding and unfolding event in the {part} part (trajectories {", ".join(str(s.blocks[b][0]) for b in s.members(part))}; {_seen(features, described, inputs)}). '
+    raise ValueError(f'no complete folding and unfolding event in the {part} part (trajectories '
+                     f'{", ".join(str(s.blocks[b][0]) for b in s.members(part))}; '
+                     f'{_seen(features, described, inputs)}). '
                      'Choose other --unfolded and --folded, another --split-seed, or more trajectories')
 
 # %% ../nbs/60_evaluation.ipynb #06ef969f
@@ -435,7 +483,8 @@ def _seen(features, described, inputs):
     "The definitions of the states, and the range of each column they name."
     x, named = np.concatenate(features), re.findall(r'\w+', f'{inputs.unfolded} {inputs.folded}')
     columns = {n: x[:, described.index(n)] for n in named if n in described.names}
-    return f'A: {inputs.unfolded}, B: {inputs.folded}' + ''.join(f'; {n} runs from {v.min():.2f} to {v.max():.2f}' for n, v in columns.items())
+    return f'A: {inputs.unfolded}, B: {inputs.folded}' + ''.join(f'; {n} runs from {v.min():.2f} to {v.max():.2f}'
+                                                                 for n, v in columns.items())
 
 # %% ../nbs/60_evaluation.ipynb #935b9381
 def _described(run):
@@ -461,9 +510,11 @@ def _one_dimensional(run):
     "RMSD, Q, Rg and TICA, each mapped two ways on the training part."
     s, described, features, states = _load_split(run), _described(run), run.load('features'), run.load('states')
     begin = time.perf_counter()
-    tica = TicaCoordinate(run.config.lag).fit(s.take(features, 'train'), s.take(states, 'train')).save(run.path/'models'/'tica')
+    tica = TicaCoordinate(run.config.lag).fit(s.take(features, 'train'),
+                                              s.take(states, 'train')).save(run.path/'models'/'tica')
     tica_seconds = time.perf_counter() - begin
-    series = {n: [x[:, described.index(n)].astype(float) for x in features] for n in ('RMSD', 'Q', 'Rg') if n in described.names}
+    series = {n: [x[:, described.index(n)].astype(float) for x in features]
+              for n in ('RMSD', 'Q', 'Rg') if n in described.names}
     series['TICA'] = tica.transform(features)
     notes = {}
     for name, x in series.items():
@@ -474,12 +525,14 @@ def _one_dimensional(run):
             r, us = _timed(fitted.transform, s.take(x, 'all'), s.take(states, 'all'))
             run.save(f'r/{slug}', r)
             size = len(fitted.q) + (int((tica.weights != 0).sum()) if name == 'TICA' else 0)
-            notes[slug] = dict(name=f'{name}, {how}', kind='one-dimensional', parameters=size, seconds=seconds, microseconds=us)
+            notes[slug] = dict(name=f'{name}, {how}', kind='one-dimensional', parameters=size, seconds=seconds,
+                               microseconds=us)
     return dict(candidates=notes)
 
 # %% ../nbs/60_evaluation.ipynb #9b2ccfaf
 def _teacher(run, k=0):
-    "The nonparametric committor of seed k: fitted on the training part, stopped by the validation part, replayed on every block."
+    """The nonparametric committor of seed k: fitted on the training part, stopped by the validation part, replayed
+    on every block."""
     from foldbook.committor import NonparametricCommittor, held_out
     s, described, states, start = _load_split(run), _described(run), run.load('states'), time.perf_counter()
     few = [described.index(n) for n in run.config.teacher_features if n in described.names]
@@ -487,7 +540,8 @@ def _teacher(run, k=0):
     x, f = ([*s.take(e, 'train'), *s.take(e, 'validation')] for e in (features, states))
     n = len(s.train)
     fitted = NonparametricCommittor(**dict(dict(seed=run.config.seed + k, degree=3), **run.config.teacher_options))
-    fitted.fit(x, f, monitor=held_out(f, range(n, len(f))), train=range(n), progress=False).save(run.path/'models'/_slug(_job('teacher', k)))
+    fitted.fit(x, f, monitor=held_out(f, range(n, len(f))), train=range(n),
+               progress=False).save(run.path/'models'/_slug(_job('teacher', k)))
     seconds = time.perf_counter() - start
     own, replayed = (_slug(_job(name, k)) for name in ('teacher', 'teacher_replayed'))
     run.save(f'r/{own}', fitted.r[:n])
@@ -511,20 +565,24 @@ def train_student(path, # run directory
                   progress: bool=False, # show a bar
                   k: int=0 # which of the seeds
                  ) -> dict: # what the leaderboard needs to know
-    "Train one student on the training part, with early stopping on the validation part; writes its model and r of every block."
+    """Train one student on the training part, with early stopping on the validation part; writes its model and r of
+    every block."""
     from foldbook.distill import Student
     start, run, slug = time.perf_counter(), _Reader(path), _slug(_job(spec, k))
     s, states = run.split, run.load('states')
     architecture, loss = spec.split(':')
     if architecture == 'residue': return _train_residues(run, slug, loss, k, start)
     features = run.load('features')
-    student = Student(architecture=architecture, loss=loss, devices=devices, **dict(dict(seed=run.config.seed + k), **run.config.student_options))
-    student.fit(s.take(features, 'train'), s.take(states, 'train'), teacher=run.load(f'r/{_slug(_job("teacher", k))}'), validation=(s.take(features, 'validation'), s.take(states, 'validation')),
+    student = Student(architecture=architecture, loss=loss, devices=devices,
+                      **dict(dict(seed=run.config.seed + k), **run.config.student_options))
+    student.fit(s.take(features, 'train'), s.take(states, 'train'), teacher=run.load(f'r/{_slug(_job("teacher", k))}'),
+                validation=(s.take(features, 'validation'), s.take(states, 'validation')),
                 directory=run.path/'models'/slug/'checkpoints', progress=progress)
     student.save(run.path/'models'/slug)
     r, us = _timed(student.transform, s.take(features, 'all'), s.take(states, 'all'))
     run.save(f'r/{slug}', r)
-    note = dict(name=f'{_NAMES.get(architecture, architecture)}, {loss.replace("_", " ")}', kind='student', parameters=int(student.n_parameters), seconds=float(student.seconds),
+    note = dict(name=f'{_NAMES.get(architecture, architecture)}, {loss.replace("_", " ")}', kind='student',
+                parameters=int(student.n_parameters), seconds=float(student.seconds),
                 microseconds=us, history=_history(student), seed=k)
     return dict(candidates={slug: note}, stage_seconds=round(time.perf_counter() - start, 2))
 
@@ -539,7 +597,8 @@ def _train_residues(run, slug, loss, k, start):
     student.fit([x], [f], validation=part('validation'), progress=False).save(run.path/'models'/slug)
     r, us = _timed(student.transform, *part('all'))
     run.save(f'r/{slug}', r)
-    note = dict(name=f'residue Transformer, {loss}', kind='student', parameters=int(student.n_parameters), seconds=float(student.seconds), microseconds=us, history=_history(student), seed=k)
+    note = dict(name=f'residue Transformer, {loss}', kind='student', parameters=int(student.n_parameters),
+                seconds=float(student.seconds), microseconds=us, history=_history(student), seed=k)
     return dict(candidates={slug: note}, stage_seconds=round(time.perf_counter() - start, 2))
 
 # %% ../nbs/60_evaluation.ipynb #63232500
@@ -547,15 +606,18 @@ def train_baseline(path, # run directory
                    name: str, # in `foldbook.baselines`
                    k: int=0 # which of the seeds
                   ) -> dict: # what the leaderboard needs to know
-    "Fit one rival on the training part, chosen or stopped on the validation part; writes its model and r of every block."
+    """Fit one rival on the training part, chosen or stopped on the validation part; writes its model and r of every
+    block."""
     start, run, slug = time.perf_counter(), _Reader(path), _slug(_job(name, k))
     s, features, states = run.split, run.load('features'), run.load('states')
     part = lambda p: (s.take(features, p), s.take(states, p))
-    fitted = baseline(name, run.config.seed + k, run.config.lag).fit(*part('train'), validation=part('validation')).save(run.path/'models'/slug)
+    fitted = baseline(name, run.config.seed + k, run.config.lag).fit(*part('train'),
+        validation=part('validation')).save(run.path/'models'/slug)
     seconds = time.perf_counter() - start
     r, us = _timed(fitted.transform, *part('all'))
     run.save(f'r/{slug}', r)
-    note = dict(name=BASELINES[name][0], kind='baseline', parameters=int(fitted.n_parameters), seconds=seconds, microseconds=us, seed=k)
+    note = dict(name=BASELINES[name][0], kind='baseline', parameters=int(fitted.n_parameters), seconds=seconds,
+                microseconds=us, seed=k)
     return dict(candidates={slug: note}, stage_seconds=round(time.perf_counter() - start, 2))
 
 # %% ../nbs/60_evaluation.ipynb #71f46605
@@ -566,7 +628,8 @@ def _history(student):
     "Learning curves as lists, one value an epoch; the mean over the members of an ensemble."
     h = pd.DataFrame(getattr(student, 'history', []))
     if 'epoch' not in h: return {}
-    return {str(k): list(map(float, v)) for k, v in h.select_dtypes('number').groupby('epoch').mean().reset_index().items() if k != 'member'}
+    return {str(k): list(map(float, v))
+            for k, v in h.select_dtypes('number').groupby('epoch').mean().reset_index().items() if k != 'member'}
 
 # %% ../nbs/60_evaluation.ipynb #7f8bb6cd
 def _end_with(parent):
@@ -579,12 +642,15 @@ def _end_with(parent):
 
 # %% ../nbs/60_evaluation.ipynb #8912f8f9
 def student_process(path, job, devices, progress):
-    "What a process does: train one student or baseline with one seed, and leave `note.json` or `error.txt` beside the model."
+    """What a process does: train one student or baseline with one seed, and leave `note.json` or `error.txt` beside
+    the model."""
     import traceback
     _end_with(os.getppid())
     home, (spec, _, k) = Path(path)/'models'/_slug(job), job.partition(' seed ')
     try:
-        if ':' in spec: note = train_student(path, spec, devices if not devices.isdigit() else int(devices), progress == 'True', int(k or 0))
+        if ':' in spec:
+            note = train_student(path, spec, devices if not devices.isdigit() else int(devices), progress == 'True',
+                                 int(k or 0))
         else: note = train_baseline(path, spec, int(k or 0))
         write_json(home/'note.json', note)
     except Exception:
@@ -596,9 +662,11 @@ def _start(run, spec, devices, slot):
     "Start the process of one student or baseline; bars of several share the terminal."
     import subprocess, sys, foldbook
     progress, home = sys.stderr.isatty(), str(Path(foldbook.__path__[0]).parent) # the same package, wherever we are
-    env = dict(os.environ, OMP_NUM_THREADS='1', TQDM_POSITION=str(slot), TQDM_LEAVE='0', PYTHONPATH=os.pathsep.join(filter(None, (home, os.environ.get('PYTHONPATH')))))
+    env = dict(os.environ, OMP_NUM_THREADS='1', TQDM_POSITION=str(slot), TQDM_LEAVE='0',
+               PYTHONPATH=os.pathsep.join(filter(None, (home, os.environ.get('PYTHONPATH')))))
     code = 'import sys; from foldbook.evaluate import student_process; student_process(*sys.argv[1:])'
-    return subprocess.Popen([sys.executable, '-P', '-c', code, str(run.path), spec, str(devices), str(progress)], env=env, stdout=subprocess.DEVNULL,
+    return subprocess.Popen([sys.executable, '-P', '-c', code, str(run.path), spec, str(devices), str(progress)],
+                            env=env, stdout=subprocess.DEVNULL,
                             stderr=None if progress else subprocess.DEVNULL)
 
 # %% ../nbs/60_evaluation.ipynb #d948dd50
@@ -621,7 +689,9 @@ def _students(run, devices, workers):
     waiting = [s for s in specs if not (run.path/'stages'/f'{mark(s)}.json').exists()]
     for s in specs:
         if s not in waiting: run.say(f'{mark(s)}: done before')
-    if waiting: run.say(f'training {", ".join(dict.fromkeys(w.partition(" seed ")[0] for w in waiting))}{f" ({len(waiting)} in all)" if run.config.seeds > 1 else ""}, {min(workers, len(waiting))} at a time')
+    if waiting:
+        run.say(f'training '
+                f'{", ".join(dict.fromkeys(w.partition(" seed ")[0] for w in waiting))}{f" ({len(waiting)} in all)" if run.config.seeds > 1 else ""}, {min(workers, len(waiting))} at a time')
     working = {}
     try:
         while waiting or working:
@@ -684,19 +754,25 @@ def _judge_all(run, inputs, notes):
     lags, c, s, states = _ladder(run), run.config, _load_split(run), run.load('states')
     validation = _merged(judge(v, lags, 0, c.seed)[0] for v in _candidates(run, inputs, notes, 'validation'))
     fitted = {}
-    for v in _candidates(run, inputs, notes, 'train'): fitted.setdefault(v.name, []).append(cut_profiles(v.r, v.states, lags).t_max)
+    for v in _candidates(run, inputs, notes, 'train'):
+        fitted.setdefault(v.name, []).append(cut_profiles(v.r, v.states, lags).t_max)
     chosen = choose(validation, {name: np.median(t) for name, t in fitted.items()})
     before = {v['coordinate']: v for v in validation}
     train, distance = s.take(states, 'train'), {}
     for slug, n in notes.items():
         teacher = run.load(f'r/{_slug(_job("teacher", n.get("seed", 0)))}')
-        if n['kind'] != 'teacher': distance[slug] = error_budget([run.load(f'r/{slug}')[b] for b in s.train], teacher, train)
-    judged = _merged(judge(v, lags, c.n_bootstrap, c.seed)[0] | dict(budget_to_teacher=float(distance.get(v.extra['slug'], np.nan))) for v in _candidates(run, inputs, notes, 'test'))
-    table = leaderboard(r | {f'validation_{k}': before[r['coordinate']][k] for k in ('t_max', 'log_loss')} | dict(chosen=r['coordinate'] == chosen) for r in judged)
+        if n['kind'] != 'teacher':
+            distance[slug] = error_budget([run.load(f'r/{slug}')[b] for b in s.train], teacher, train)
+    judged = _merged(judge(v, lags, c.n_bootstrap, c.seed)[0]
+                     | dict(budget_to_teacher=float(distance.get(v.extra['slug'], np.nan)))
+                     for v in _candidates(run, inputs, notes, 'test'))
+    table = leaderboard(r | {f'validation_{k}': before[r['coordinate']][k] for k in ('t_max', 'log_loss')}
+                        | dict(chosen=r['coordinate'] == chosen) for r in judged)
     lists = [k for k, v in judged[0].items() if isinstance(v, list)]
     replacing(run.path/'leaderboard.csv', lambda p: table.drop(columns=lists).to_csv(p, index=False))
     head = headline(table, chosen)
-    write_json(run.path/'leaderboard.json', dict(data=inputs.name, chosen=chosen, headline=head, lags=lags, rows=table.to_dict('records')))
+    write_json(run.path/'leaderboard.json', dict(data=inputs.name, chosen=chosen, headline=head, lags=lags,
+                                                 rows=table.to_dict('records')))
     return dict(said=head)
 
 # %% ../nbs/60_evaluation.ipynb #b636fabd
@@ -705,7 +781,8 @@ def figure_profiles(profiles, # name -> `ZqResult`
                    ):
     "Z_q/N_AB of several coordinates side by side, one line a lag, on one scale."
     rows = -(-len(profiles)//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.4*columns, 2.7*rows), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(rows, columns, figsize=(3.4*columns, 2.7*rows), sharex=True, sharey=True, squeeze=False,
+                             layout='constrained')
     for ax, (name, z) in zip(axes.flat, profiles.items()):
         plot_zq(z, ax=ax, legend=False)
         ax.set_title(f'{name}\n$T_{{max}}$ = {_pm(z.t_max, z.t_max_se)}: {z.verdict.label}', fontsize=9)
@@ -720,19 +797,26 @@ def figure_profiles(profiles, # name -> `ZqResult`
 # %% ../nbs/60_evaluation.ipynb #2128ddea
 def figure_ladder(rows # dicts of the leaderboard
                  ):
-    "T_max at each lag of the ladder, one line a coordinate, a band over its seeds, and the limit; learned coordinates solid, order parameters broken."
+    """T_max at each lag of the ladder, one line a coordinate, a band over its seeds, and the limit; learned
+    coordinates solid, order parameters broken."""
     fig, ax = plt.subplots(figsize=(9, 4.4), layout='constrained')
     learned = [r['coordinate'] for r in rows if r['kind'] != 'one-dimensional']
     plain = list(dict.fromkeys(r['coordinate'].split(',')[0] for r in rows if r['kind'] == 'one-dimensional'))
     shades = plt.get_cmap('viridis')(np.linspace(0, .85, max(len(learned), 1)))
     for r in rows:
         name = r['coordinate']
-        if r['kind'] == 'one-dimensional': style = dict(ls='--' if name.endswith('isotonic') else ':', color=f'C{plain.index(name.split(",")[0]) + 1}')
-        else: style = dict(marker='s' if r['kind'] == 'teacher' else 'o', ms=4, color='.5' if r['in_sample'] else shades[learned.index(name)])
-        line, = ax.plot(r['lags'], r['t_max_per_lag'], lw=1.5, label=name + (' (in-sample)' if r['in_sample'] else ''), **style)
-        if r.get('seeds', 1) > 1: ax.fill_between(r['lags'], *r['t_max_per_lag_range'], color=line.get_color(), alpha=.15, lw=0)
+        if r['kind'] == 'one-dimensional':
+            style = dict(ls='--' if name.endswith('isotonic') else ':', color=f'C{plain.index(name.split(",")[0]) + 1}')
+        else:
+            style = dict(marker='s' if r['kind'] == 'teacher' else 'o', ms=4,
+                         color='.5' if r['in_sample'] else shades[learned.index(name)])
+        line, = ax.plot(r['lags'], r['t_max_per_lag'], lw=1.5, label=name + (' (in-sample)' if r['in_sample'] else ''),
+                        **style)
+        if r.get('seeds', 1) > 1:
+            ax.fill_between(r['lags'], *r['t_max_per_lag_range'], color=line.get_color(), alpha=.15, lw=0)
     ax.axhline(3, color='k', lw=1)
-    ax.annotate('limit 3.0', (1, 3), (2, 3), xycoords=('axes fraction', 'data'), textcoords=('offset points', 'data'), va='center', fontsize=8)
+    ax.annotate('limit 3.0', (1, 3), (2, 3), xycoords=('axes fraction', 'data'), textcoords=('offset points', 'data'),
+                va='center', fontsize=8)
     ax.set(xscale='log', yscale='log', xlabel='lag (frames)', ylabel='$T_{max}$ of $Z_q$')
     ax.set_xticks(rows[0]['lags'], rows[0]['lags'], fontsize=8)
     ax.minorticks_off()
@@ -748,8 +832,10 @@ def figure_calibration(candidates, # list of `Candidate`
                       ):
     "Fraction of interior frames that reach B first against what the coordinate says."
     fig, ax = plt.subplots(figsize=(7.5, 4.4), layout='constrained')
-    for c in candidates: plot_calibration(c.r, c.states, n_bins, ax=ax, label=c.name + (' (in-sample)' if c.in_sample else ''))
-    ax.set(xlabel='what the coordinate says', ylabel='fraction that folds first', xlim=(0, 1), ylim=(0, 1), aspect='equal')
+    for c in candidates:
+        plot_calibration(c.r, c.states, n_bins, ax=ax, label=c.name + (' (in-sample)' if c.in_sample else ''))
+    ax.set(xlabel='what the coordinate says', ylabel='fraction that folds first', xlim=(0, 1), ylim=(0, 1),
+           aspect='equal')
     if ax.get_legend(): ax.get_legend().remove()
     fig.legend(loc='outside right upper', fontsize=8)
     return fig
@@ -781,7 +867,8 @@ def figure_free_energy(r, # list of `(T,)`, exactly 0 on A and 1 on B
                       ):
     "Free energy between the states along a committor, and along its natural coordinate."
     enough = lambda c: np.isfinite(c[1] + c[3])[1:-1].sum() > 1
-    columns, v = next((c for c in (free_energy(r, least=n) for n in (30, 3)) if enough(c)), free_energy(r, least=0)), np.concatenate(r)
+    columns, v = next((c for c in (free_energy(r, least=n) for n in (30, 3)) if enough(c)),
+                      free_energy(r, least=0)), np.concatenate(r)
     x, f, natural, g = (c[1:-1][np.isfinite(columns[1] + columns[3])[1:-1]] for c in columns)
     if not len(x): x, f, natural, g = (np.array([.5, .5]), *np.zeros((3, 2))) # no interior frame: an empty picture
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained', sharey=True)
@@ -789,9 +876,11 @@ def figure_free_energy(r, # list of `(T,)`, exactly 0 on A and 1 on B
         ax.plot(at, energy - energy.min(), lw=1.8)
         half = np.interp(.5, x, at)
         ax.axvline(half, color='.6', lw=1)
-        ax.annotate('q = 1/2', (half, .06), xycoords=('data', 'axes fraction'), xytext=(4, 0), textcoords='offset points', fontsize=8)
+        ax.annotate('q = 1/2', (half, .06), xycoords=('data', 'axes fraction'), xytext=(4, 0), textcoords='offset '
+                    'points', fontsize=8)
     for at, state, side in ((.02, 0, 'left'), (.98, 1, 'right')):
-        axes[0].text(at, .95, f'{"AB"[state]}: {np.mean(v == state):.0%} of frames', ha=side, va='top', fontsize=8, transform=axes[0].transAxes)
+        axes[0].text(at, .95, f'{"AB"[state]}: {np.mean(v == state):.0%} of frames', ha=side, va='top', fontsize=8,
+                     transform=axes[0].transAxes)
     axes[0].set(xlabel=f'committor ({name})', ylabel='F (kT)', xlim=(0, 1), ylim=(-.1, 1.25*max(np.ptp(f), np.ptp(g))))
     axes[1].set(xlabel=r'natural coordinate ($\sqrt{\mathrm{frames}}$, D = 1)')
     return fig
@@ -822,7 +911,8 @@ def figure_learning(histories # name -> {column -> values}
     "Learning curves of every student, one panel a quantity."
     columns = [c for c in dict.fromkeys(c for h in histories.values() for c in h) if c != 'epoch']
     n = min(3, len(columns))
-    fig, axes = plt.subplots(-(-len(columns)//n), n, figsize=(3.4*n, 2.7*-(-len(columns)//n)), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(-(-len(columns)//n), n, figsize=(3.4*n, 2.7*-(-len(columns)//n)), layout='constrained',
+                             squeeze=False)
     for ax, c in zip(axes.flat, columns):
         for name, h in histories.items():
             if c in h: ax.plot(h.get('epoch', range(len(h[c]))), h[c], lw=1.5, label=name)
@@ -837,13 +927,15 @@ def figure_learning(histories # name -> {column -> values}
 def figure_shooting(candidates # list of `Candidate` with shots
                    ):
     "Coordinate against the fraction of shots that folded first, one panel a coordinate."
-    fig, axes = plt.subplots(1, len(candidates), figsize=(2.6*len(candidates) + .6, 3.3), layout='compressed', sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(candidates), figsize=(2.6*len(candidates) + .6, 3.3), layout='compressed',
+                             sharey=True, squeeze=False)
     for ax, c in zip(axes[0], candidates):
         r, hits, shots = c.shots
         e = shooting_error(*c.shots)
         ax.plot([0, 1], [0, 1], color='k', lw=1)
         ax.plot(r, hits/shots, '.', ms=4, alpha=.6)
-        ax.set(xlabel=c.name, xticks=[0, .5, 1], title=f'RMSE {_pm(e["rmse"], e["rmse_se"], 3)}', aspect='equal', xlim=(-.02, 1.02), ylim=(-.02, 1.02))
+        ax.set(xlabel=c.name, xticks=[0, .5, 1], title=f'RMSE {_pm(e["rmse"], e["rmse_se"], 3)}', aspect='equal',
+               xlim=(-.02, 1.02), ylim=(-.02, 1.02))
         ax.title.set_fontsize(9)
     axes[0, 0].set(ylabel='folded first (shooting)', yticks=[0, .5, 1])
     return fig
@@ -867,11 +959,14 @@ def _figures(run, inputs, notes):
 
 # %% ../nbs/60_evaluation.ipynb #fb1eb267
 def _shown(rows, chosen, n=6):
-    "The coordinates worth a panel: the chosen one, the best student of each other kind, the replayed teacher, then rivals and the best map of each order parameter in turn."
-    held = [k for k, r in sorted(rows.items(), key=lambda e: (not e[1]['passed'], e[1]['log_loss'])) if not r['in_sample']]
+    """The coordinates worth a panel: the chosen one, the best student of each other kind, the replayed teacher, then
+    rivals and the best map of each order parameter in turn."""
+    held = [k for k, r in sorted(rows.items(), key=lambda e: (not e[1]['passed'], e[1]['log_loss']))
+            if not r['in_sample']]
     best = {}
     for k in [chosen, *held]: best.setdefault(k.split(',')[0], k)
-    learned, rivals, plain = ([k for k in best.values() if rows[k]['kind'] in kinds and k != chosen] for kinds in (('student', 'teacher'), ('baseline',), ('one-dimensional',)))
+    learned, rivals, plain = ([k for k in best.values() if rows[k]['kind'] in kinds and k != chosen]
+                              for kinds in (('student', 'teacher'), ('baseline',), ('one-dimensional',)))
     plain = sorted(plain, key=lambda k: rows[k]['t_max'])
     turns = [k for pair in zip_longest(rivals, plain) for k in pair if k]
     return [chosen, *learned, *turns][:n]
@@ -879,24 +974,38 @@ def _shown(rows, chosen, n=6):
 # %% ../nbs/60_evaluation.ipynb #3e199653
 def _draw_judgement(run, draw, rows, found, board):
     names = _shown(rows, board['chosen'])
-    profiles = {n + (' (in-sample)' if found[n].in_sample else ''): judge(found[n], board['lags'], run.config.n_bootstrap, run.config.seed)[1] for n in names}
-    draw('zq', 'Z_q/N_AB along each coordinate, one line a lag (frames), on the test part. A committor is flat at 1; the band is '
-         'what chance allows. Above 1 at short lags: something slow is missing, or noise. Below 1: the coordinate moves too smoothly.', figure_profiles(profiles))
-    draw('ladder', 'T_max, the largest deviation from a flat profile in units of its sampling noise, at each lag. Below the line at every lag: pass. Bands: the range over seeds.', figure_ladder([rows[n] for n in _shown(rows, board['chosen'], 14)] + [r for r in board['rows'] if r['in_sample']]))
-    draw('calibration', 'Of the interior frames to which a coordinate gives this probability, the fraction that folds first. On the diagonal: calibrated.',
+    profiles = {n + (' (in-sample)' if found[n].in_sample else ''): judge(found[n], board['lags'],
+        run.config.n_bootstrap, run.config.seed)[1] for n in names}
+    draw('zq', 'Z_q/N_AB along each coordinate, one line a lag (frames), on the test part. A committor is flat at 1; '
+               'the band is '
+         'what chance allows. Above 1 at short lags: something slow is missing, or noise. Below 1: the coordinate '
+         'moves too smoothly.', figure_profiles(profiles))
+    draw('ladder', 'T_max, the largest deviation from a flat profile in units of its sampling noise, at each lag. '
+                   'Below the line at every lag: pass. Bands: the range over seeds.',
+                   figure_ladder([rows[n] for n in _shown(rows, board['chosen'], 14)]
+                                 + [r for r in board['rows'] if r['in_sample']]))
+    draw('calibration', 'Of the interior frames to which a coordinate gives this probability, the fraction that folds '
+                        'first. On the diagonal: calibrated.',
          figure_calibration([found[n] for n in names]))
 
 # %% ../nbs/60_evaluation.ipynb #882dcc1a
 def _draw_best(run, inputs, draw, notes, best, found, rows):
-    draw('free_energy', f'Free energy along {best.name}, and along its natural coordinate, on which the diffusion coefficient is constant.', figure_free_energy(best.r, best.name))
+    draw('free_energy', f'Free energy along {best.name}, and along its natural coordinate, on which the diffusion '
+                        f'coefficient is constant.', figure_free_energy(best.r, best.name))
     s = _load_split(run)
-    draw('series', f'{best.name} along the first frames of each test trajectory; ticks at 0 and 1 are visits to A and B.',
-         figure_series(best.r, best.states, inputs.spacing_ps*run.config.stride, names=[f'trajectory {s.blocks[b][0]}' for b in s.test]))
+    draw('series', f'{best.name} along the first frames of each test trajectory; ticks at 0 and 1 are visits to A and '
+                   f'B.',
+         figure_series(best.r, best.states, inputs.spacing_ps*run.config.stride,
+                       names=[f'trajectory {s.blocks[b][0]}' for b in s.test]))
     histories = {n['name']: n['history'] for n in notes.values() if n.get('history')}
-    if histories: draw('learning', 'Learning curves of the students; early stopping keeps the epoch that is best on the validation part.', figure_learning(histories))
+    if histories:
+        draw('learning', 'Learning curves of the students; early stopping keeps the epoch that is best on the '
+                         'validation part.', figure_learning(histories))
     shot = [found[n] for n in _shown(rows, best.name) if found[n].shots is not None]
-    if shot: draw('shooting', 'Coordinate against the fraction of shots that folded first, from the same frames by fresh simulations. The RMSE is corrected for the noise of the shots.',
-                  figure_shooting(shot[:4]))
+    if shot:
+        draw('shooting', 'Coordinate against the fraction of shots that folded first, from the same frames by fresh '
+                         'simulations. The RMSE is corrected for the noise of the shots.',
+             figure_shooting(shot[:4]))
 
 # %% ../nbs/60_evaluation.ipynb #b94de62c
 _CSS = '''body{font:16px/1.55 system-ui,sans-serif;color:#1d2433;background:#fff;max-width:1140px;margin:0 auto;padding:24px 28px 64px}
@@ -924,11 +1033,18 @@ _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 '''
 
 # %% ../nbs/60_evaluation.ipynb #3fa56da9
-COLUMNS = ('coordinate', 'Z_q', 'T_max', 'T_sd', 'log-loss', 'Brier', 'AUC', 'RMSE to shooting', 'N·MSE / N_AB', 'parameters', 'training (s)', 'µs/frame')
-SHORT = tuple(c for c in COLUMNS if c not in ('T_sd', 'Brier', 'N·MSE / N_AB', 'training (s)')) # where there is less room
-LEGEND = ('With several seeds: median ± sampling error, and in brackets the range over the seeds. Held-out rows first, those that pass Z_q before the others, then by log-loss; the coordinate in the headline was chosen on the validation part. In italics: judged on the frames it was '
-          'fitted to. T_max ± bootstrap error over folding cycles, pass if at most 3.0 at every lag. RMSE to shooting ± standard error, corrected for the noise of the shots. '
-          'N·MSE / N_AB: number of interior frames times the mean squared error to shooting, over the number of events; independent errors must stay well below 1 to pass († to the teacher, on the training part, where there are no shots). µs/frame: from features to coordinate.')
+COLUMNS = ('coordinate', 'Z_q', 'T_max', 'T_sd', 'log-loss', 'Brier', 'AUC', 'RMSE to shooting', 'N·MSE / N_AB',
+           'parameters', 'training (s)', 'µs/frame')
+# where there is less room
+SHORT = tuple(c for c in COLUMNS if c not in ('T_sd', 'Brier', 'N·MSE / N_AB', 'training (s)'))
+LEGEND = ('With several seeds: median ± sampling error, and in brackets the range over the seeds. Held-out rows '
+          'first, those that pass Z_q before the others, then by log-loss; the coordinate in the headline was chosen '
+          'on the validation part. In italics: judged on the frames it was '
+          'fitted to. T_max ± bootstrap error over folding cycles, pass if at most 3.0 at every lag. RMSE to shooting '
+          '± standard error, corrected for the noise of the shots. '
+          'N·MSE / N_AB: number of interior frames times the mean squared error to shooting, over the number of '
+          'events; independent errors must stay well below 1 to pass († to the teacher, on the training part, where '
+          'there are no shots). µs/frame: from features to coordinate.')
 
 # %% ../nbs/60_evaluation.ipynb #183e51c6
 def cells(row # dict of the leaderboard
@@ -939,9 +1055,12 @@ def cells(row # dict of the leaderboard
     seeds = {k: r.get(f'{k}_seeds') if isinstance(r.get(f'{k}_seeds'), list) else () for k in SPREAD}
     verdict = r['verdict'] + (f' {int(r["seeds_passed"])}/{int(r["seeds"])}' if r.get('seeds', 1) > 1 else '')
     budget = r['budget'] if np.isfinite(r['budget']) else r.get('budget_to_teacher', np.nan)
-    return [r['coordinate'] + (' (in-sample)' if r['in_sample'] else ''), verdict, _pm(r['t_max'], r['t_max_se'], 1, seeds['t_max']), number(r['t_sd'], '.2f'),
-            _pm(r['log_loss'], None, 3, seeds['log_loss']), number(r['brier'], '.3f'), _pm(r['auc'], None, 3, seeds['auc']), _pm(r['rmse'], r['rmse_se'], 3, seeds['rmse']),
-            number(budget, '.2f') + ('' if np.isfinite(r['budget']) or not np.isfinite(budget) else '†'), f'{int(r["parameters"]):,}' if r['parameters'] else '–',
+    return [r['coordinate'] + (' (in-sample)' if r['in_sample'] else ''), verdict,
+            _pm(r['t_max'], r['t_max_se'], 1, seeds['t_max']), number(r['t_sd'], '.2f'),
+            _pm(r['log_loss'], None, 3, seeds['log_loss']), number(r['brier'], '.3f'),
+            _pm(r['auc'], None, 3, seeds['auc']), _pm(r['rmse'], r['rmse_se'], 3, seeds['rmse']),
+            number(budget, '.2f') + ('' if np.isfinite(r['budget']) or not np.isfinite(budget) else '†'),
+            f'{int(r["parameters"]):,}' if r['parameters'] else '–',
             number(r['seconds'], '.1f'), number(r['microseconds_per_frame'], '.2f')]
 
 # %% ../nbs/60_evaluation.ipynb #c47af91d
@@ -950,25 +1069,41 @@ def _words(run, inputs, board, notes):
     s, lengths, e = _load_split(run), run.note('features')['lengths'], run.note('states')['events']
     where = lambda p: ', '.join(f'{s.blocks[b][0]}' for b in s.members(p))
     yield inputs.words
-    yield (f'{sum(lengths):,} frames in {len(lengths)} trajectories were turned into {len(_described(run).names)} features. A, unfolded, is {inputs.unfolded}; B, folded, is {inputs.folded}. The trajectories were divided '
-           f'before anything was learned: {where("train")} to learn from ({e["train"]} folding and unfolding events), {where("validation")} to stop training and to choose ({e["validation"]}), {where("test")} to judge ({e["test"]}).')
-    yield ('A coordinate is accepted if it is the committor of its own dynamics: the probability to fold before unfolding. The test is Z_q, which is flat at N_AB along a committor at every lag, up to sampling noise. '
-           f'It was computed at lags up to {board["lags"][-1]} frames. Since a coordinate that knows little can pass as well, the log-loss of the outcomes stands beside it.')
-    yield ('RMSD, Q, Rg and the first TICA coordinate were each mapped to a committor in two ways, by the one-dimensional diffusive model and by isotonic regression, both on the training part. The teacher is a '
-           'nonparametric committor with histories (NPNE), a time series of the training part; replayed means that its updates, found there, were repeated on the other trajectories. The students are networks that read a causal '
-           'window of features: they learn from the teacher, from the outcomes alone, or from the condition that a committor is a martingale.')
-    if any(spec.startswith('residue:') for spec in run.config.students): yield 'The residue Transformer reads tokens, one for each residue: native contacts, angles and dihedrals against the native structure, displacement, neighbours.'
-    if run.config.baselines: yield (f'Rivals with the same features, training and validation trajectories: {", ".join(BASELINES[b][0] for b in run.config.baselines)}.')
-    if run.config.seeds > 1: yield (f'Everything that is learned with random numbers was learned {run.config.seeds} times, with seeds {run.config.seed} to {run.config.seed + run.config.seeds - 1}, on the same split. '
-                                    'The table shows medians; pictures of single coordinates show the first seed.')
+    yield (f'{sum(lengths):,} frames in {len(lengths)} trajectories were turned into {len(_described(run).names)} '
+           f'features. A, unfolded, is {inputs.unfolded}; B, folded, is {inputs.folded}. The trajectories were divided '
+           f'before anything was learned: {where("train")} to learn from ({e["train"]} folding and unfolding events), '
+           f'{where("validation")} to stop training and to choose ({e["validation"]}), {where("test")} to judge '
+           f'({e["test"]}).')
+    yield ('A coordinate is accepted if it is the committor of its own dynamics: the probability to fold before '
+           'unfolding. The test is Z_q, which is flat at N_AB along a committor at every lag, up to sampling noise. '
+           f'It was computed at lags up to {board["lags"][-1]} frames. Since a coordinate that knows little can pass '
+           f'as well, the log-loss of the outcomes stands beside it.')
+    yield ('RMSD, Q, Rg and the first TICA coordinate were each mapped to a committor in two ways, by the '
+           'one-dimensional diffusive model and by isotonic regression, both on the training part. The teacher is a '
+           'nonparametric committor with histories (NPNE), a time series of the training part; replayed means that '
+           'its updates, found there, were repeated on the other trajectories. The students are networks that read a '
+           'causal '
+           'window of features: they learn from the teacher, from the outcomes alone, or from the condition that a '
+           'committor is a martingale.')
+    if any(spec.startswith('residue:') for spec in run.config.students):
+        yield 'The residue Transformer reads tokens, one for each residue: native contacts, angles and dihedrals against the native structure, displacement, neighbours.'
+    if run.config.baselines:
+        yield (f'Rivals with the same features, training and validation trajectories: '
+               f'{", ".join(BASELINES[b][0] for b in run.config.baselines)}.')
+    if run.config.seeds > 1:
+        yield (f'Everything that is learned with random numbers was learned {run.config.seeds} times, with seeds '
+               f'{run.config.seed} to {run.config.seed + run.config.seeds - 1}, on the same split. '
+               'The table shows medians; pictures of single coordinates show the first seed.')
 
 # %% ../nbs/60_evaluation.ipynb #dbe8273b
-_SECTIONS = {'Is it the committor?': ('zq', 'ladder', 'calibration', 'shooting'), 'The chosen coordinate': ('free_energy', 'series'), 'Training': ('learning',)}
+_SECTIONS = {'Is it the committor?': ('zq', 'ladder', 'calibration', 'shooting'),
+             'The chosen coordinate': ('free_energy', 'series'), 'Training': ('learning',)}
 
 # %% ../nbs/60_evaluation.ipynb #9a09c438
 def _versions():
     names = ('foldbook', 'numpy', 'scipy', 'numba', 'torch', 'lightning', 'mdtraj', 'deeptime', 'scikit-learn')
-    return [('python', platform.python_version()), *((n, importlib.metadata.version(n)) for n in names), ('platform', platform.platform())]
+    return [('python', platform.python_version()), *((n, importlib.metadata.version(n)) for n in names),
+            ('platform', platform.platform())]
 
 # %% ../nbs/60_evaluation.ipynb #de9f9a74
 def write_report(run, inputs, notes, captions):
@@ -976,13 +1111,19 @@ def write_report(run, inputs, notes, captions):
     from jinja2 import Environment
     board = json.loads((run.path/'leaderboard.json').read_text())
     picture = lambda n: base64.b64encode((run.path/'figures'/f'{n}.png').read_bytes()).decode()
-    sections = [(t, [(picture(n), captions[f'{n}.png']) for n in names if f'{n}.png' in captions]) for t, names in _SECTIONS.items()]
-    tables = [('Configuration', [(k, json.dumps(v)) for k, v in jsonable(asdict(run.config)).items()]), ('Versions', _versions()),
-              ('Files (sha256)', [(f['file'], f'{f["sha256"]} ({f["bytes"]:,} bytes)') for f in json.loads((run.path/'inputs.json').read_text())]),
-              ('Seconds', [(p.stem, run.note(p.stem)['stage_seconds']) for p in sorted((run.path/'stages').glob('*.json'), key=lambda p: p.stat().st_mtime)])]
+    sections = [(t, [(picture(n), captions[f'{n}.png']) for n in names if f'{n}.png' in captions])
+                for t, names in _SECTIONS.items()]
+    tables = [('Configuration', [(k, json.dumps(v)) for k, v in jsonable(asdict(run.config)).items()]),
+              ('Versions', _versions()),
+              ('Files (sha256)', [(f['file'], f'{f["sha256"]} ({f["bytes"]:,} bytes)')
+                                  for f in json.loads((run.path/'inputs.json').read_text())]),
+              ('Seconds', [(p.stem, run.note(p.stem)['stage_seconds'])
+                           for p in sorted((run.path/'stages').glob('*.json'), key=lambda p: p.stat().st_mtime)])]
     html = Environment(autoescape=True).from_string(_PAGE).render(
-        name=inputs.name, css=_CSS, version=importlib.metadata.version('foldbook'), run=run.path.name, headline=board['headline'], legend=LEGEND, columns=COLUMNS,
-        chosen=next(r for r in board['rows'] if r['chosen']), rows=[dict(r, cells=cells(r)) for r in board['rows']], words=list(_words(run, inputs, board, notes)),
+        name=inputs.name, css=_CSS, version=importlib.metadata.version('foldbook'), run=run.path.name,
+        headline=board['headline'], legend=LEGEND, columns=COLUMNS,
+        chosen=next(r for r in board['rows'] if r['chosen']), rows=[dict(r, cells=cells(r)) for r in board['rows']],
+        words=list(_words(run, inputs, board, notes)),
         sections=[s for s in sections if s[1]], tables=tables)
     return replacing(run.path/'report.html', lambda p: p.write_text(html))
 
@@ -995,7 +1136,8 @@ def run(config: Config, # what to run
         client=None, # `dask.distributed.Client` for the features, one task a file
         say=print # where progress goes, one line a call
        ) -> pd.DataFrame: # the leaderboard
-    "Features, states, maps, teacher, students, judgement, figures, report; goes on where an earlier run of the same configuration stopped."
+    """Features, states, maps, teacher, students, judgement, figures, report; goes on where an earlier run of the
+    same configuration stopped."""
     inputs = find_inputs(config)
     for s in config.students:
         if s.count(':') != 1: raise ValueError(f'student {s!r}: write it as architecture:loss, such as lstm:martingale')
@@ -1008,8 +1150,10 @@ def run(config: Config, # what to run
         lengths = job.stage('features', lambda: _features(job, inputs, client))['lengths']
         job.stage('states', lambda: _states(job, inputs, lengths))
         notes = dict(job.stage('one-dimensional', lambda: _one_dimensional(job))['candidates'])
-        if any(spec.startswith('residue:') for spec in config.students): job.stage('tokens', lambda: _tokens(job, inputs))
-        for k in range(config.seeds): notes |= job.stage(_slug(_job('teacher', k)), lambda: _teacher(job, k))['candidates']
+        if any(spec.startswith('residue:') for spec in config.students):
+            job.stage('tokens', lambda: _tokens(job, inputs))
+        for k in range(config.seeds):
+            notes |= job.stage(_slug(_job('teacher', k)), lambda: _teacher(job, k))['candidates']
         notes |= _students(job, devices, workers or _cores())
         job.stage('judgement', lambda: _judge_all(job, inputs, notes))
         captions = job.stage('figures', lambda: _figures(job, inputs, notes))['figures']
@@ -1027,14 +1171,16 @@ def read_leaderboard(path # run directory, or its leaderboard.json
     file = Path(path) if Path(path).suffix == '.json' else Path(path)/'leaderboard.json'
     if not file.exists(): raise FileNotFoundError(f'{file}: not there; finish the run first')
     table = pd.DataFrame(json.loads(file.read_text())['rows'])
-    return table.astype({k: float for k in ('rmse', 'rmse_se', 'budget', 'budget_to_teacher', 'seconds', 't_max_se') if k in table})
+    return table.astype({k: float for k in ('rmse', 'rmse_se', 'budget', 'budget_to_teacher', 'seconds', 't_max_se')
+                         if k in table})
 
 # %% ../nbs/60_evaluation.ipynb #9ecd0755
 def markdown_table(rows # dicts of the leaderboard
                   ) -> str:
     "The leaderboard as a markdown table; the chosen coordinate in bold."
     keep = [COLUMNS.index(c) for c in SHORT]
-    lines = ['| ' + ' | '.join(COLUMNS[i] for i in keep) + ' |', '| ' + ' | '.join('---' if i < 2 else '---:' for i in keep) + ' |']
+    lines = ['| ' + ' | '.join(COLUMNS[i] for i in keep) + ' |',
+             '| ' + ' | '.join('---' if i < 2 else '---:' for i in keep) + ' |']
     for r in rows:
         c = cells(r)
         if r.get('chosen'): c[0] = f'**{c[0]}**'
@@ -1046,7 +1192,8 @@ def write_readme(run_dir, # of a finished run
                  readme_path, # file with the lines <!-- leaderboard:start --> and <!-- leaderboard:end -->
                  figure_path=None # where to copy the Z_q figure
                 ) -> str: # the text between the marks
-    "Put the headline and the leaderboard of a run between the marks of a README. Raises `ValueError` when the marks are missing."
+    """Put the headline and the leaderboard of a run between the marks of a README. Raises `ValueError` when the
+    marks are missing."""
     start, end = '<!-- leaderboard:start -->', '<!-- leaderboard:end -->'
     text = Path(readme_path).read_text()
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):

@@ -52,12 +52,14 @@ def pair_terms(
     "Write feature columns as sums over pairs; raises `ValueError` naming a column that is none."
     kind = [name.split()[0] for name in description.names]
     if bad := [n for n, k in zip(description.names, kind) if k not in ('d', 'contact', 'end_to_end', 'Q_soft')]:
-        raise ValueError(f'feature {bad[0]!r} is not a smooth sum over atom pairs; train the student on features.named(export.SMOOTH, ...)')
+        raise ValueError(f'feature {bad[0]!r} is not a smooth sum over atom pairs; train the student on '
+                         f'features.named(export.SMOOTH, ...)')
     touching = [tuple(a) for k, a in zip(kind, description.atoms) if k == 'contact']
     labels = list(dict.fromkeys(tuple(a) for k, a in zip(kind, description.atoms) if k != 'Q_soft'))
     contacts = [labels.index(a) for a in touching]
     if 'Q_soft' in kind and set(description.atoms[kind.index('Q_soft')]) != {a for pair in touching for a in pair}:
-        raise ValueError('Q_soft needs the columns of its contacts beside it, between C-alphas; use export.SMOOTH with a C-alpha structure, or leave Q_soft out')
+        raise ValueError('Q_soft needs the columns of its contacts beside it, between C-alphas; use export.SMOOTH '
+                         'with a C-alpha structure, or leave Q_soft out')
     D, C, G = np.zeros((3, len(labels), len(kind)))
     for f, (k, a) in enumerate(zip(kind, description.atoms)):
         if k == 'Q_soft': G[contacts, f] = 1 / len(contacts)
@@ -115,13 +117,21 @@ class Deployed(nn.Module):
 # %% ../nbs/48_export.ipynb #2d76fd45
 def _layers(student, terms):
     "The matrices of a student, collapsed onto the responses of the pairs."
-    if student.architecture != 'mlp' or student.differences: raise ValueError('only a memoryless student can be exported: train one with architecture="mlp" and differences=False, taught by this one')
-    if len(student.networks) != 1: raise ValueError(f'this student is the mean of {len(student.networks)} networks, or not trained; export one with members=1')
-    if getattr(student, 'bend', None) is not None: raise ValueError('this student was recalibrated by a piecewise function without a slope; train it with calibrate=False')
-    if len(student.mean) != terms.distance.shape[1]: raise ValueError(f'the student reads {len(student.mean)} features, the terms describe {terms.distance.shape[1]}')
+    if student.architecture != 'mlp' or student.differences:
+        raise ValueError('only a memoryless student can be exported: train one with architecture="mlp" and '
+                         'differences=False, taught by this one')
+    if len(student.networks) != 1:
+        raise ValueError(f'this student is the mean of {len(student.networks)} networks, or not trained; export one '
+                         f'with members=1')
+    if getattr(student, 'bend', None) is not None:
+        raise ValueError('this student was recalibrated by a piecewise function without a slope; train it with '
+                         'calibrate=False')
+    if len(student.mean) != terms.distance.shape[1]:
+        raise ValueError(f'the student reads {len(student.mean)} features, the terms describe {terms.distance.shape[1]}')
     w = {k: v.double().numpy() for k, v in student.networks[0].state_dict().items()}
     first = student.mix @ w['body.net.0.weight'].T # (F, H)
-    return dict(A_d=terms.distance @ first, A_c=terms.contact @ first, A_s=terms.switch @ first, b_1=w['body.net.0.bias'] - student.mean @ first,
+    return dict(A_d=terms.distance @ first, A_c=terms.contact @ first, A_s=terms.switch @ first,
+                b_1=w['body.net.0.bias'] - student.mean @ first,
                 W_2=w['body.net.3.weight'].T, b_2=w['body.net.3.bias'], w_3=w['head.weight'][0], b_3=w['head.bias'][0])
 
 # %% ../nbs/48_export.ipynb #4300968e
@@ -198,14 +208,18 @@ def plumed_input(
 ) -> str:
     "The text of `plumed.dat`; atoms are counted from 1."
     lines = {'RESTRAINT': f'bias: RESTRAINT ARG=q.node-1 AT={at:g} KAPPA={kappa:g}',
-             'METAD': f'bias: METAD ARG=q.node-1 SIGMA={sigma:g} HEIGHT={height:g} PACE={stride} BIASFACTOR={factor:g} TEMP={temperature:g} FILE=HILLS', '': None}
+             'METAD': f'bias: METAD ARG=q.node-1 SIGMA={sigma:g} HEIGHT={height:g} PACE={stride} '
+                      f'BIASFACTOR={factor:g} TEMP={temperature:g} FILE=HILLS', '': None}
     if bias not in lines: raise ValueError(f"bias={bias!r} is not known; choose 'RESTRAINT', 'METAD' or '' for none")
     atoms = terms.atoms(topology) + 1
-    out = ['# committor of foldbook: q.node-0 is r, q.node-1 is ln r/(1-r); lengths in nm, energies in kJ/mol', 'UNITS LENGTH=nm ENERGY=kj/mol']
-    out += [f'd{k}: DISTANCE ATOMS={i},{j} NOPBC # {a} {b}' for k, ((i, j), (a, b)) in enumerate(zip(atoms, terms.labels), 1)]
+    out = ['# committor of foldbook: q.node-0 is r, q.node-1 is ln r/(1-r); lengths in nm, energies in kJ/mol',
+           'UNITS LENGTH=nm ENERGY=kj/mol']
+    out += [f'd{k}: DISTANCE ATOMS={i},{j} NOPBC # {a} {b}'
+            for k, ((i, j), (a, b)) in enumerate(zip(atoms, terms.labels), 1)]
     out += [f'q: PYTORCH_MODEL FILE={model} ARG=' + ','.join(f'd{k}' for k in range(1, len(atoms) + 1))]
     if lines[bias]: out.append(lines[bias])
-    return '\n'.join(out + [f'PRINT ARG=q.node-0,q.node-1{",bias.bias" if bias else ""} FILE=COLVAR STRIDE={stride}', ''])
+    return '\n'.join(out + [f'PRINT ARG=q.node-0,q.node-1{",bias.bias" if bias else ""} FILE=COLVAR STRIDE={stride}',
+                            ''])
 
 # %% ../nbs/48_export.ipynb #cd023afd
 class _WithSlope(nn.Module):
@@ -223,7 +237,8 @@ def write_onnx(
     model: Deployed,
     path: str | Path,
 ) -> Path:
-    "ONNX with input `distances` (B, P) nm and outputs `committor` (B,) and `gradient` (B, P) in 1/nm; raises `ImportError` without the extra packages."
+    """ONNX with input `distances` (B, P) nm and outputs `committor` (B,) and `gradient` (B, P) in 1/nm; raises
+    `ImportError` without the extra packages."""
     try: import onnx, onnxscript # noqa: F401
     except ImportError as e: raise ImportError('ONNX needs more packages: pip install "foldbook[export]"') from e
     loggers = [logging.getLogger(n) for n in ('torch.onnx', 'onnxscript', 'onnx_ir')]
@@ -233,8 +248,10 @@ def write_onnx(
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter('ignore')
             example = torch.full((2, len(model.terms.labels)), .7, dtype=model.b_1.dtype)
-            program = torch.onnx.export(_WithSlope(model).eval(), (example,), dynamo=True, verbose=False, input_names=['distances'],
-                                        output_names=['committor', 'gradient'], dynamic_shapes=({0: torch.export.Dim('frames')},))
+            program = torch.onnx.export(_WithSlope(model).eval(), (example,), dynamo=True, verbose=False,
+                                        input_names=['distances'],
+                                        output_names=['committor', 'gradient'],
+                                        dynamic_shapes=({0: torch.export.Dim('frames')},))
     finally:
         for l, level in zip(loggers, levels): l.setLevel(level)
     replacing(path, lambda p: program.save(str(p), external_data=False))
@@ -255,7 +272,8 @@ def openmm_force(
     m, terms, atoms = model.numpy(), model.terms, model.terms.atoms(topology)
     n, n_2 = m['A_d'].shape[1], len(m['w_3'])
     lines = [energy, 'r = 0.5 + 0.5*tanh(z/2)', 'z = ' + _numbered(m['w_3'], [f'h{j}' for j in range(n_2)], m['b_3'])]
-    lines += [f'h{j} = s{j}*(0.5 + 0.5*tanh(s{j}/2)); s{j} = ' + _numbered(m['W_2'][:, j], [f'g{i}' for i in range(n)], m['b_2'][j]) for j in range(n_2)]
+    lines += [f'h{j} = s{j}*(0.5 + 0.5*tanh(s{j}/2)); s{j} = '
+              + _numbered(m['W_2'][:, j], [f'g{i}' for i in range(n)], m['b_2'][j]) for j in range(n_2)]
     force = mm.CustomCVForce('; '.join(lines + [f'g{i} = p{i}*(0.5 + 0.5*tanh(p{i}/2))' for i in range(n)]))
     for name, value in parameters.items(): force.addGlobalParameter(name, value)
     for i in range(n): force.addCollectiveVariable(f'p{i}', _unit_force(terms, atoms, m, i))
@@ -265,10 +283,12 @@ def openmm_force(
 def _unit_force(terms, atoms, m, i):
     "One hidden unit of the first layer, before its nonlinearity, as a sum over bonds; the offset is spread over them."
     w, beta = terms.width, terms.steepness
-    force = mm.CustomBondForce(f'o + a*r + c*exp(-0.5*(max(0, r - r0)/{w:.17g})^2) + s*(0.5 - 0.5*tanh({beta / 2:.17g}*(r - {terms.tolerance:.17g}*r0)))')
+    force = mm.CustomBondForce(f'o + a*r + c*exp(-0.5*(max(0, r - r0)/{w:.17g})^2) + s*(0.5 - '
+                               f'0.5*tanh({beta / 2:.17g}*(r - {terms.tolerance:.17g}*r0)))')
     for name in ('o', 'a', 'c', 's', 'r0'): force.addPerBondParameter(name)
     for k, (pair, r0) in enumerate(zip(atoms.tolist(), terms.native)):
-        force.addBond(*pair, [float(x) for x in (m['b_1'][i] / len(atoms), m['A_d'][k, i], m['A_c'][k, i], m['A_s'][k, i], r0)])
+        force.addBond(*pair, [float(x) for x in (m['b_1'][i] / len(atoms), m['A_d'][k, i], m['A_c'][k, i],
+                                                 m['A_s'][k, i], r0)])
     return force
 
 # %% ../nbs/48_export.ipynb #76b6d53b
@@ -318,7 +338,9 @@ def unbiased_weights(
 ) -> np.ndarray: # (N,) weights that sum to 1
     "Weights of biased frames in the unbiased ensemble (MBAR); raises `ValueError` for windows that do not overlap."
     n = np.asarray(counts, float)
-    if bias.shape != (len(n), n.sum()): raise ValueError(f'bias has shape {bias.shape}; {len(n)} windows of {n.sum():.0f} frames in all need {(len(n), int(n.sum()))}')
+    if bias.shape != (len(n), n.sum()):
+        raise ValueError(f'bias has shape {bias.shape}; {len(n)} windows of {n.sum():.0f} frames in all need '
+                         f'{(len(n), int(n.sum()))}')
     def shares(f): # of each window in each frame, and the normalisation
         log_p = (np.log(n) + np.append(0, f))[:, None] - bias
         total = logsumexp(log_p, axis=0)
@@ -327,7 +349,9 @@ def unbiased_weights(
     f = np.diff(bias.min(axis=1), prepend=bias[0].min())[1:].cumsum()
     for _ in range(200): # Newton's method on a convex function, with steps of at most a few kT
         p, total = shares(f)
-        if len(f) and np.linalg.eigvalsh(curvature(p))[0] < 1e-3: raise ValueError('some windows do not overlap with the others: put them closer together or make the bias softer')
+        if len(f) and np.linalg.eigvalsh(curvature(p))[0] < 1e-3:
+            raise ValueError('some windows do not overlap with the others: put them closer together or make the bias '
+                             'softer')
         step = np.linalg.solve(curvature(p), (n - p.sum(1))[1:])
         f = f + step * min(1, 3 / np.abs(step).max(initial=1e-9))
         if np.abs(step).max(initial=0) < 1e-9: return np.exp(-total - logsumexp(-total))

@@ -38,7 +38,8 @@ class Features:
     skipped: tuple = () # frames of each file that `stream` left out because they were damaged
 
     def __len__(self): return len(self.names)
-    def __add__(self, other): return Features(self.names + other.names, self.units + other.units, self.atoms + other.atoms)
+    def __add__(self, other):
+        return Features(self.names + other.names, self.units + other.units, self.atoms + other.atoms)
 
     def index(self, name: str) -> int: # column number
         "Column of a name; raises `KeyError` listing names that look alike."
@@ -71,9 +72,11 @@ Features.to_json, Features.from_json = _to_json, classmethod(_from_json)
 # %% ../nbs/13_features.ipynb #d1ef4fef
 _CAPS = ('ACE', 'FOR', 'NME', 'NMA', 'NH2')
 
-def _alpha(residue): # index of the C-alpha, None for what is no amino acid; files without elements make some readers think of calcium
+# index of the C-alpha, None for what is no amino acid; files without elements make some readers think of calcium
+def _alpha(residue):
     amino = residue.code is not None or any(a.name == 'C' for a in residue.atoms)
-    return next((a.index for a in residue.atoms if a.name == 'CA' and (amino or a.element is None or a.element.symbol in ('C', 'VS'))), None)
+    return next((a.index for a in residue.atoms if a.name == 'CA' and (amino or a.element is None
+                                                                       or a.element.symbol in ('C', 'VS'))), None)
 
 # %% ../nbs/13_features.ipynb #a5c31955
 def ca_atoms(
@@ -81,7 +84,9 @@ def ca_atoms(
 ) -> np.ndarray: # (N,) indices
     "The C-alpha atoms, one a residue; raises `ValueError` when there are none."
     ca = [i for r in topology.residues if (i := _alpha(r)) is not None]
-    if not ca: raise ValueError(f'the topology has no C-alpha atom (name CA in an amino acid) among its {topology.n_atoms} atoms; a protein is needed')
+    if not ca:
+        raise ValueError(f'the topology has no C-alpha atom (name CA in an amino acid) among its {topology.n_atoms} '
+                         f'atoms; a protein is needed')
     return np.array(ca)
 
 # %% ../nbs/13_features.ipynb #ead57f2d
@@ -100,7 +105,8 @@ def load_native(
     "The protein in the first model of a structure file; the first of alternate locations."
     if not Path(path).exists(): raise FileNotFoundError(f'{path}: no such structure file')
     try: t = md.load_frame(str(path), 0)
-    except (ValueError, OSError, IndexError) as e: raise ValueError(f'{path}: not a structure with positions and atom names, such as a PDB file ({e})') from e
+    except (ValueError, OSError, IndexError) as e:
+        raise ValueError(f'{path}: not a structure with positions and atom names, such as a PDB file ({e})') from e
     for i in ca_atoms(t.topology): t.topology.atom(int(i)).element = md.element.carbon
     atoms = protein_atoms(t.topology)
     return t if len(atoms) == t.n_atoms else t.atom_slice(atoms)
@@ -125,7 +131,8 @@ def find_atoms(
 ) -> np.ndarray: # (n,) indices
     "Atoms behind a column, to draw them on a structure; raises `KeyError` for one that is not there."
     place = {label: i for i, label in enumerate(_labels(topology, range(topology.n_atoms)))}
-    if lost := [a for a in labels if a not in place]: raise KeyError(f'the topology has no atom {lost[0]!r}; its atoms are called like {next(iter(place))!r}')
+    if lost := [a for a in labels if a not in place]:
+        raise KeyError(f'the topology has no atom {lost[0]!r}; its atoms are called like {next(iter(place))!r}')
     return np.array([place[a] for a in labels])
 
 # %% ../nbs/13_features.ipynb #c4f07cda
@@ -136,15 +143,21 @@ def _atom_keys(topology): # of each atom: place in the sequence, cap or not, nam
     for r in topology.residues:
         n += (protein := _alpha(r) is not None)
         if not protein and r.name not in _CAPS: continue
-        for a in r.atoms: keys[a.index] = n, protein, 'CD1' if (r.name, a.name) == ('ILE', 'CD') else _ALIASES.get(a.name, a.name)
+        for a in r.atoms:
+            keys[a.index] = n, protein, 'CD1' if (r.name, a.name) == ('ILE', 'CD') else _ALIASES.get(a.name, a.name)
     return keys
 
 # %% ../nbs/13_features.ipynb #96d3753c
 def _check_sequence(native, topology):
     ours, theirs = ([t.atom(int(i)).residue for i in ca_atoms(t)] for t in (native, topology))
-    if len(ours) != len(theirs): raise ValueError(f'the trajectory has {len(theirs)} residues with a C-alpha, the native structure {len(ours)}: they are not the same protein; give the structure of the chains that were simulated')
+    if len(ours) != len(theirs):
+        raise ValueError(f'the trajectory has {len(theirs)} residues with a C-alpha, the native structure '
+                         f'{len(ours)}: they are not the same protein; give the structure of the chains that were '
+                         f'simulated')
     for a, b in zip(ours, theirs):
-        if a.code and b.code and a.code != b.code: raise ValueError(f'residue {b} of the trajectory is {a} in the native structure: they are not the same protein, or not the same numbering')
+        if a.code and b.code and a.code != b.code:
+            raise ValueError(f'residue {b} of the trajectory is {a} in the native structure: they are not the same '
+                             f'protein, or not the same numbering')
 
 # %% ../nbs/13_features.ipynb #95acdda0
 def match_atoms(
@@ -158,8 +171,11 @@ def match_atoms(
     index = np.array([place.get(k, -1) for k in _atom_keys(native)])
     atoms = np.arange(native.n_atoms) if atoms is None else np.asarray(atoms)
     if len(missing := atoms[index[atoms] < 0]):
-        raise ValueError(f'the trajectory has no atom {", ".join(_labels(native, missing[:3]))}{", ..." if len(missing) > 3 else ""} ({len(missing)} of {len(atoms)} atoms needed are missing); '
-                         'choose features that need only what it has, or give the native structure with the atoms of the trajectory')
+        raise ValueError(f'the trajectory has no atom '
+                         f'{", ".join(_labels(native, missing[:3]))}{", ..." if len(missing) > 3 else ""} '
+                         f'({len(missing)} of {len(atoms)} atoms needed are missing); '
+                         'choose features that need only what it has, or give the native structure with the atoms of '
+                         'the trajectory')
     return index
 
 # %% ../nbs/13_features.ipynb #844a8c1c
@@ -190,12 +206,14 @@ class Featurizer:
         if topology is not None: self.bind(topology)
         return self.features
 
-    def __repr__(self): return f'Featurizer({len(self.features)} columns: {", ".join(self.features.names[:4])}{", ..." if len(self.features) > 4 else ""})'
+    def __repr__(self):
+        return f'Featurizer({len(self.features)} columns: {", ".join(self.features.names[:4])}{", ..." if len(self.features) > 4 else ""})'
 
 # %% ../nbs/13_features.ipynb #a63ff9b5
 def _bind(parts, topology): # one look-up of atoms for all parts that share a native structure
     natives = {id(p.native): p.native for p in parts}
-    index = {k: match_atoms(n, topology, np.unique(np.concatenate([p.atoms for p in parts if p.native is n]))) for k, n in natives.items()}
+    index = {k: match_atoms(n, topology, np.unique(np.concatenate([p.atoms for p in parts if p.native is n])))
+             for k, n in natives.items()}
     def rows(t):
         ordered = {k: _in_order(t, index[k], n) for k, n in natives.items()}
         out, at = np.empty((len(t), sum(len(p.features) for p in parts)), np.float32), 0
@@ -215,26 +233,34 @@ def _in_order(t, index, native): # frames with the atoms of the native structure
 # %% ../nbs/13_features.ipynb #ca7a0b21
 def _of_ca(native, names, unit, compute): # columns made of the whole C-alpha chain
     ca = ca_atoms(native.topology)
-    return Featurizer(Features(names, (unit,)*len(names), (_labels(native.topology, ca),)*len(names)), compute, native.topology, ca)
+    return Featurizer(Features(names, (unit,)*len(names), (_labels(native.topology, ca),)*len(names)), compute,
+                      native.topology, ca)
 
 # %% ../nbs/13_features.ipynb #4cd712c2
-_DIHEDRALS = dict(phi=md.compute_phi, psi=md.compute_psi, omega=md.compute_omega, chi1=md.compute_chi1, chi2=md.compute_chi2, chi3=md.compute_chi3, chi4=md.compute_chi4)
+_DIHEDRALS = dict(phi=md.compute_phi, psi=md.compute_psi, omega=md.compute_omega, chi1=md.compute_chi1,
+                  chi2=md.compute_chi2, chi3=md.compute_chi3, chi4=md.compute_chi4)
 
 def dihedrals(
     native: md.Trajectory, # names the atoms
     kinds: tuple = ('phi', 'psi'), # of phi, psi, omega, chi1 to chi4
 ) -> Featurizer: # columns cos and sin of each angle
     "Backbone and side-chain dihedrals as cosine and sine; raises `ValueError` for a topology of C-alphas only."
-    if bad := set(kinds) - set(_DIHEDRALS): raise ValueError(f'unknown dihedrals {sorted(bad)}; choose from {", ".join(_DIHEDRALS)}')
+    if bad := set(kinds) - set(_DIHEDRALS):
+        raise ValueError(f'unknown dihedrals {sorted(bad)}; choose from {", ".join(_DIHEDRALS)}')
     quads = {k: q for k in kinds if len(q := _DIHEDRALS[k](native, periodic=False)[0])}
-    if not quads: raise ValueError(f'no {" or ".join(kinds)} in this topology: it lacks the atoms; use pseudo_dihedrals for a C-alpha chain')
+    if not quads:
+        raise ValueError(f'no {" or ".join(kinds)} in this topology: it lacks the atoms; use pseudo_dihedrals for a '
+                         f'C-alpha chain')
     residue = _residue_names(native.topology)
-    owner = lambda k, four: residue[native.topology.atom(int(four[2 if k == 'phi' else 1])).residue.index] # phi starts at the residue before
-    return _circular(native, np.concatenate(list(quads.values())), [f'{k} {owner(k, four)}' for k, q in quads.items() for four in q])
+    # phi starts at the residue before
+    owner = lambda k, four: residue[native.topology.atom(int(four[2 if k == 'phi' else 1])).residue.index]
+    return _circular(native, np.concatenate(list(quads.values())),
+                     [f'{k} {owner(k, four)}' for k, q in quads.items() for four in q])
 
 # %% ../nbs/13_features.ipynb #4d44d27b
 def _circular(native, quads, names): # cosine and sine columns of some dihedrals
-    features = Features(tuple(f'{c} {n}' for c in ('cos', 'sin') for n in names), ('',)*2*len(names), tuple(_labels(native.topology, q) for q in quads)*2)
+    features = Features(tuple(f'{c} {n}' for c in ('cos', 'sin') for n in names), ('',)*2*len(names),
+                        tuple(_labels(native.topology, q) for q in quads)*2)
     def compute(t):
         a = md.compute_dihedrals(t, quads, periodic=False)
         return np.hstack([np.cos(a), np.sin(a)])
@@ -268,7 +294,8 @@ def pseudo_angles(
 ) -> Featurizer: # radians
     "Angles of three consecutive C-alphas."
     runs = _runs(native, 3)
-    features = Features(tuple(_middle_names(native, runs, 'angle')), ('rad',)*len(runs), tuple(_labels(native.topology, r) for r in runs))
+    features = Features(tuple(_middle_names(native, runs, 'angle')), ('rad',)*len(runs),
+                        tuple(_labels(native.topology, r) for r in runs))
     return Featurizer(features, lambda t: md.compute_angles(t, runs, periodic=False), native.topology, np.unique(runs))
 
 # %% ../nbs/13_features.ipynb #031cb672
@@ -276,17 +303,22 @@ def _beads_only(native): return len(protein_atoms(native.topology)) == len(ca_at
 
 # %% ../nbs/13_features.ipynb #60500013
 def _need_side_chains(native, what, instead):
-    if _beads_only(native): raise ValueError(f'{what} needs all heavy atoms, and this topology has C-alphas only; use {instead}')
+    if _beads_only(native):
+        raise ValueError(f'{what} needs all heavy atoms, and this topology has C-alphas only; use {instead}')
 
-def _heavy(native): return np.array([i for i in protein_atoms(native.topology) if (e := native.topology.atom(int(i)).element) is None or e.symbol not in ('H', 'D')])
+def _heavy(native):
+    return np.array([i for i in protein_atoms(native.topology)
+                     if (e := native.topology.atom(int(i)).element) is None or e.symbol not in ('H', 'D')])
 
 # %% ../nbs/13_features.ipynb #430b82f7
 def _touching(native, atoms, cutoff): # (n, 2) pairs of these atoms closer than the cutoff
-    if not np.isfinite(native.xyz[0, atoms]).all(): raise ValueError('the native structure has positions that are not numbers')
+    if not np.isfinite(native.xyz[0, atoms]).all():
+        raise ValueError('the native structure has positions that are not numbers')
     return atoms[cKDTree(native.xyz[0, atoms]).query_pairs(cutoff, output_type='ndarray')]
 
 # %% ../nbs/13_features.ipynb #718a1e1e
-def _apart(topology, pairs, separation): # flags of pairs (positions in the list of C-alphas) far enough along the chain, or in different chains
+# flags of pairs (positions in the list of C-alphas) far enough along the chain, or in different chains
+def _apart(topology, pairs, separation):
     chain = _chain_numbers(topology)
     return (abs(pairs[:, 1] - pairs[:, 0]) >= separation) | (chain[pairs[:, 0]] != chain[pairs[:, 1]])
 
@@ -304,23 +336,30 @@ def native_contacts(
     pairs = owner[_touching(native, ca if beads_only else _heavy(native), cutoff)]
     pairs = np.unique(np.sort(pairs[(pairs >= 0).all(1)], axis=1), axis=0)
     pairs = pairs[_apart(top, pairs, separation)] if len(pairs) else pairs
-    if not len(pairs): raise ValueError(f'no native contact within {cutoff} nm among {len(ca)} residues: is this the native structure, in nm? Choose features that need no contacts for a peptide without')
+    if not len(pairs):
+        raise ValueError(f'no native contact within {cutoff} nm among {len(ca)} residues: is this the native '
+                         f'structure, in nm? Choose features that need no contacts for a peptide without')
     return pairs
 
 # %% ../nbs/13_features.ipynb #8cec9a17
 def _pair_list(native, pairs): # (n, 2), in range
     pairs, n = native_contacts(native) if pairs is None else np.asarray(pairs), len(ca_atoms(native.topology))
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs): raise ValueError(f'contacts have shape {pairs.shape}; (n, 2) residue pairs are needed')
-    if pairs.min() < 0 or pairs.max() >= n: raise ValueError(f'contact {pairs[(pairs >= n).any(1) | (pairs < 0).any(1)][0].tolist()} names a residue that is not there: the native structure has {n}, counted from 0')
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(f'contacts have shape {pairs.shape}; (n, 2) residue pairs are needed')
+    if pairs.min() < 0 or pairs.max() >= n:
+        raise ValueError(f'contact {pairs[(pairs >= n).any(1) | (pairs < 0).any(1)][0].tolist()} names a residue that '
+                         f'is not there: the native structure has {n}, counted from 0')
     return pairs
 
 # %% ../nbs/13_features.ipynb #093c7e84
 def _of_pairs(native, pairs, kind, unit, compute, atoms=None): # one column a pair of residues
     ca, residue = ca_atoms(native.topology), _residue_names(native.topology)
     residue = [residue[native.topology.atom(int(i)).residue.index] for i in ca]
-    labels = tuple(_labels(native.topology, ca[p]) for p in pairs) if atoms is None else tuple(_labels(native.topology, a) for a in atoms)
+    labels = tuple(_labels(native.topology, ca[p]) for p in pairs) if atoms is None else tuple(_labels(native.topology,
+        a) for a in atoms)
     features = Features(tuple(f'{kind} {residue[i]}-{residue[j]}' for i, j in pairs), (unit,)*len(pairs), labels)
-    return Featurizer(features, compute, native.topology, np.unique(ca[pairs] if atoms is None else np.concatenate(atoms)))
+    return Featurizer(features, compute, native.topology,
+                      np.unique(ca[pairs] if atoms is None else np.concatenate(atoms)))
 
 # %% ../nbs/13_features.ipynb #32d1da3d
 def ca_distances(
@@ -337,7 +376,8 @@ def ca_distances(
     return _of_pairs(native, pairs, 'd', 'nm', lambda t: md.compute_distances(t, ca[pairs], periodic=False))
 
 # %% ../nbs/13_features.ipynb #53e242ca
-def _closest(native, pairs): # heavy atoms of each pair of residues, and the function that takes frames to (T, n) distances
+# heavy atoms of each pair of residues, and the function that takes frames to (T, n) distances
+def _closest(native, pairs):
     heavy, top = _heavy(native), native.topology
     of = {}
     for i in heavy: of.setdefault(top.atom(int(i)).residue.index, []).append(i)
@@ -346,7 +386,8 @@ def _closest(native, pairs): # heavy atoms of each pair of residues, and the fun
     atoms, start = np.concatenate(combined), np.cumsum([0] + [len(c) for c in combined[:-1]])
     step = max(1, 2_000_000//len(atoms)) # frames at a time: 8 MB
     def compute(t):
-        d = [md.compute_distances(md.Trajectory(t.xyz[k:k + step], t.topology), atoms, periodic=False) for k in range(0, len(t), step)]
+        d = [md.compute_distances(md.Trajectory(t.xyz[k:k + step], t.topology), atoms, periodic=False)
+             for k in range(0, len(t), step)]
         return np.concatenate([np.minimum.reduceat(x, start, axis=1) for x in d])
     return [np.unique(c) for c in combined], compute
 
@@ -365,14 +406,16 @@ def heavy_distances(
 def contacts(
     native: md.Trajectory,
     pairs: np.ndarray | None = None, # (n, 2) positions in the list of C-alphas; default the native contacts
-    width: float | None = 0.1, # nm: softness; None for a hard contact, 1 within `tolerance` times the native distance, else 0
+    # nm: softness; None for a hard contact, 1 within `tolerance` times the native distance, else 0
+    width: float | None = 0.1,
     tolerance: float = 1.2,
 ) -> Featurizer: # between 0 and 1
     "Contacts between C-alphas one by one, soft or hard, around their native distance."
     pairs, ca = _pair_list(native, pairs), ca_atoms(native.topology)
     r0 = md.compute_distances(native, ca[pairs], periodic=False)[0]
     distance = lambda t: md.compute_distances(t, ca[pairs], periodic=False)
-    return _of_pairs(native, pairs, 'contact' if width else 'hard', '', lambda t: _soft(distance(t), r0, width) if width else distance(t) < tolerance*r0)
+    return _of_pairs(native, pairs, 'contact' if width else 'hard', '',
+                     lambda t: _soft(distance(t), r0, width) if width else distance(t) < tolerance*r0)
 
 # %% ../nbs/13_features.ipynb #2ea63573
 def _soft(r, r0, width): return np.exp(-0.5*(np.maximum(r - r0, 0)/np.float32(width))**2)
@@ -388,7 +431,8 @@ def heavy_contacts(
     _need_side_chains(native, 'heavy_contacts', 'contacts')
     pairs = _pair_list(native, pairs)
     atoms, closest = _closest(native, pairs)
-    return _of_pairs(native, pairs, 'heavy', '', lambda t: _soft(closest(t), np.float32(cutoff), width) if width else closest(t) < cutoff, atoms)
+    return _of_pairs(native, pairs, 'heavy', '', lambda t: _soft(closest(t), np.float32(cutoff), width) if width
+                     else closest(t) < cutoff, atoms)
 
 # %% ../nbs/13_features.ipynb #c28f7a8e
 def fraction_native(
@@ -398,7 +442,8 @@ def fraction_native(
 ) -> Featurizer: # column Q
     "Fraction of native contacts, counted on C-alphas."
     hard = contacts(native, pairs, width=None, tolerance=tolerance)
-    return Featurizer(Features(('Q',), ('',), (_labels(native.topology, hard.atoms),)), lambda t: hard.compute(t).mean(1), hard.native, hard.atoms)
+    return Featurizer(Features(('Q',), ('',), (_labels(native.topology, hard.atoms),)),
+                      lambda t: hard.compute(t).mean(1), hard.native, hard.atoms)
 
 # %% ../nbs/13_features.ipynb #edfd4d1d
 def soft_fraction_native(
@@ -410,15 +455,19 @@ def soft_fraction_native(
     heavy = pairs is None and not _beads_only(native)
     atoms = _heavy_pairs(native) if heavy else ca_atoms(native.topology)[_pair_list(native, pairs)]
     limit = (1.8 if heavy else 1.2)*md.compute_distances(native, atoms, periodic=False)[0]
-    compute = lambda t: expit(np.float32(steepness)*(limit - md.compute_distances(t, atoms, periodic=False))).mean(1, dtype=float)
-    return Featurizer(Features(('Q_soft',), ('',), (_labels(native.topology, np.unique(atoms)),)), compute, native.topology, np.unique(atoms))
+    compute = lambda t: expit(np.float32(steepness)*(limit - md.compute_distances(t, atoms, periodic=False))).mean(1,
+        dtype=float)
+    return Featurizer(Features(('Q_soft',), ('',), (_labels(native.topology, np.unique(atoms)),)), compute,
+                      native.topology, np.unique(atoms))
 
 # %% ../nbs/13_features.ipynb #e4c59f57
 def _heavy_pairs(native, cutoff=0.45, separation=4): # atoms that touch, of residues at least four apart
     pairs = _touching(native, _heavy(native), cutoff)
     residue = np.array([a.residue.index for a in native.topology.atoms])
     pairs = pairs[abs(np.diff(residue[pairs])[:, 0]) >= separation]
-    if not len(pairs): raise ValueError(f'no two heavy atoms of residues {separation} or more apart are within {cutoff} nm in the native structure; leave out Q_soft')
+    if not len(pairs):
+        raise ValueError(f'no two heavy atoms of residues {separation} or more apart are within {cutoff} nm in the '
+                         f'native structure; leave out Q_soft')
     return pairs
 
 # %% ../nbs/13_features.ipynb #9e9fe7d7
@@ -428,7 +477,8 @@ def rmsd(
     "C-alpha RMSD to the native structure after superposition; raises `ValueError` below three C-alphas."
     ca = ca_atoms(native.topology)
     if len(ca) < 3: raise ValueError(f'RMSD of {len(ca)} C-alpha atoms says nothing; three are needed')
-    return _of_ca(native, ('RMSD',), 'nm', lambda t: md.rmsd(t, native, atom_indices=ca, parallel=False)) # a short call is slower on many threads
+    # a short call is slower on many threads
+    return _of_ca(native, ('RMSD',), 'nm', lambda t: md.rmsd(t, native, atom_indices=ca, parallel=False))
 
 # %% ../nbs/13_features.ipynb #15f73252
 def radius_of_gyration(
@@ -469,21 +519,28 @@ def aligned_coordinates(
 def surface_area(
     native: md.Trajectory,
 ) -> Featurizer: # column SASA, nm^2
-    "Solvent-accessible surface of the atoms of the native structure (Shrake & Rupley 1973); raises `ValueError` for C-alphas only."
+    """Solvent-accessible surface of the atoms of the native structure (Shrake & Rupley 1973); raises `ValueError`
+    for C-alphas only."""
     _need_side_chains(native, 'surface_area', 'radius_of_gyration')
     atoms = protein_atoms(native.topology)
     protein = native.topology.subset(atoms)
-    def one(x): # frame by frame: mdtraj's value depends on the frames before it in the call, and it ends the process when two atoms coincide
-        if same := cKDTree(x).query_pairs(2e-5): raise ValueError(f'surface_area: atoms {" and ".join(_labels(protein, next(iter(same))))} are at the same place; mend the structure or leave out SASA')
+    # frame by frame: mdtraj's value depends on the frames before it in the call, and it ends the process when two atoms
+    # coincide
+    def one(x):
+        if same := cKDTree(x).query_pairs(2e-5):
+            raise ValueError(f'surface_area: atoms {" and ".join(_labels(protein, next(iter(same))))} are at the same '
+                             f'place; mend the structure or leave out SASA')
         return md.shrake_rupley(md.Trajectory(x, protein)).sum()
     compute = lambda t: [one(x) for x in t.xyz[:, atoms]]
-    return Featurizer(Features(('SASA',), ('nm^2',), (_labels(native.topology, atoms),)), compute, native.topology, atoms)
+    return Featurizer(Features(('SASA',), ('nm^2',), (_labels(native.topology, atoms),)), compute, native.topology,
+                      atoms)
 
 # %% ../nbs/13_features.ipynb #c8f721d7
 def secondary_structure(
     native: md.Trajectory,
 ) -> Featurizer: # columns helix, strand
-    "Share of residues in helix (H, G, I) and strand (E, B) by DSSP (Kabsch & Sander 1983); raises `ValueError` for C-alphas only."
+    """Share of residues in helix (H, G, I) and strand (E, B) by DSSP (Kabsch & Sander 1983); raises `ValueError` for
+    C-alphas only."""
     _need_side_chains(native, 'secondary_structure', 'pseudo_dihedrals')
     top = native.topology
     residues = [top.atom(int(i)).residue for i in ca_atoms(top)]
@@ -497,7 +554,8 @@ def secondary_structure(
 def model_contacts(
     topology: str | Path, # native structure
 ) -> np.ndarray | None: # (n, 2) positions in the list of C-alphas
-    "Native contacts of the structure-based model whose `model.json` stands beside a topology file; None where there is none."
+    """Native contacts of the structure-based model whose `model.json` stands beside a topology file; None where
+    there is none."""
     path = Path(topology).with_name('model.json')
     found = json.loads(path.read_text()) if path.exists() else {}
     return np.array(found['contacts']) if 'contacts' in found and 'residues' in found else None
@@ -505,7 +563,8 @@ def model_contacts(
 # %% ../nbs/13_features.ipynb #4099b5a5
 def _reference(native, pairs): # what may stand for a native structure: frame and contacts
     if isinstance(native, (str, Path)): return load_native(native), model_contacts(native) if pairs is None else pairs
-    if not isinstance(native, md.Trajectory): return native.native, native.contacts if pairs is None else pairs # a `GoModel`
+    # a `GoModel`
+    if not isinstance(native, md.Trajectory): return native.native, native.contacts if pairs is None else pairs
     if (atoms := protein_atoms(native.topology)).size < native.n_atoms: native = native.atom_slice(atoms)
     return native, pairs
 
@@ -519,12 +578,15 @@ def _native_distances(make): return lambda native, pairs: make(native, _pair_lis
 def _soft_fraction(native, pairs): return soft_fraction_native(native, pairs if _beads_only(native) else None)
 
 FEATURIZERS = {
-    'Q': fraction_native, 'Q_soft': _soft_fraction, 'contacts': contacts, 'hard_contacts': lambda native, pairs: contacts(native, pairs, width=None),
-    'heavy_contacts': heavy_contacts, 'contact_distances': _native_distances(ca_distances), 'ca_distances': _alone(ca_distances), 'heavy_distances': heavy_distances,
+    'Q': fraction_native, 'Q_soft': _soft_fraction, 'contacts': contacts,
+    'hard_contacts': lambda native, pairs: contacts(native, pairs, width=None),
+    'heavy_contacts': heavy_contacts, 'contact_distances': _native_distances(ca_distances),
+    'ca_distances': _alone(ca_distances), 'heavy_distances': heavy_distances,
     'RMSD': _alone(rmsd), 'Rg': _alone(radius_of_gyration), 'end_to_end': _alone(end_to_end),
     'phi': _kind('phi'), 'psi': _kind('psi'), 'omega': _kind('omega'), 'chi': _kind('chi1', 'chi2', 'chi3', 'chi4'),
     'pseudo_dihedrals': _alone(pseudo_dihedrals), 'pseudo_angles': _alone(pseudo_angles),
-    'SASA': _alone(surface_area), 'secondary_structure': _alone(secondary_structure), 'coordinates': _alone(aligned_coordinates)}
+    'SASA': _alone(surface_area), 'secondary_structure': _alone(secondary_structure),
+    'coordinates': _alone(aligned_coordinates)}
 
 # %% ../nbs/13_features.ipynb #21173cfc
 DEFAULT = 'Q + RMSD + Rg + end_to_end + contacts + contact_distances'
@@ -534,9 +596,12 @@ def named(
     native: md.Trajectory | str | Path, # structure, its file, or a `GoModel`
     pairs: np.ndarray | None = None, # (n, 2) native contacts; default the model's, else `native_contacts(native)`
 ) -> Featurizer:
-    "Featurizers by name, joined by +; a column that several of them make appears once. Raises `ValueError` naming an unknown one."
+    """Featurizers by name, joined by +; a column that several of them make appears once. Raises `ValueError` naming
+    an unknown one."""
     words = [w.strip() for w in re.sub(r'\bdefault\b', DEFAULT, text).split('+')]
-    if bad := [w for w in words if w not in FEATURIZERS]: raise ValueError(f'unknown features {", ".join(map(repr, bad))}; choose from {", ".join(FEATURIZERS)}, joined by +')
+    if bad := [w for w in words if w not in FEATURIZERS]:
+        raise ValueError(f'unknown features {", ".join(map(repr, bad))}; choose from {", ".join(FEATURIZERS)}, joined '
+                         f'by +')
     native, pairs = _reference(native, pairs)
     first, *more = [FEATURIZERS[w](native, pairs) for w in dict.fromkeys(words)]
     for f in more:
@@ -555,7 +620,8 @@ def default(
     native: md.Trajectory | str | Path, # structure, its file, or a `GoModel`
     pairs: np.ndarray | None = None, # (n, 2) native contacts; default the model's, else `native_contacts(native)`
 ) -> Featurizer:
-    "What `foldbook run` computes: Q, RMSD, Rg, the end-to-end distance, and every native contact as soft contact and as distance."
+    """What `foldbook run` computes: Q, RMSD, Rg, the end-to-end distance, and every native contact as soft contact
+    and as distance."""
     return named('default', native, pairs)
 
 # %% ../nbs/13_features.ipynb #5c0fd67a
@@ -563,19 +629,26 @@ def fitting_topology(
     path: str | Path,      # trajectory file
     topology: md.Topology,
 ) -> md.Topology:
-    "The topology, or its protein alone (with a warning), whichever has as many atoms as the file; raises `ValueError` when neither has."
+    """The topology, or its protein alone (with a warning), whichever has as many atoms as the file; raises
+    `ValueError` when neither has."""
     n, protein = atoms_in_file(path, topology), protein_atoms(topology)
     if n == topology.n_atoms: return topology
     if n == len(protein):
-        warnings.warn(f'{path}: has {n} atoms, as many as the protein alone has in the topology of {topology.n_atoms}: water, ions and ligands of the topology are ignored', stacklevel=2)
+        warnings.warn(f'{path}: has {n} atoms, as many as the protein alone has in the topology of '
+                      f'{topology.n_atoms}: water, ions and ligands of the topology are ignored', stacklevel=2)
         return topology.subset(protein)
-    raise ValueError(f'{path}: frame 0 has {n} atoms, the topology {topology.n_atoms} (its protein {len(protein)}; the last atom is {_labels(topology, [-1])[0]}): give the structure file that belongs to this trajectory')
+    raise ValueError(f'{path}: frame 0 has {n} atoms, the topology {topology.n_atoms} (its protein {len(protein)}; '
+                     f'the last atom is {_labels(topology, [-1])[0]}): give the structure file that belongs to this '
+                     f'trajectory')
 
 # %% ../nbs/13_features.ipynb #9e426819
-def _neighbours(topology): # (n, 2) atoms that must be close: C-alphas in sequence, or the bonds of a molecule too small for that
-    ends = {r.index for r in topology.residues for a in r.atoms if a.name in ('OXT', 'OT2', 'OC2')} # where files have no chain names
+# (n, 2) atoms that must be close: C-alphas in sequence, or the bonds of a molecule too small for that
+def _neighbours(topology):
+    # where files have no chain names
+    ends = {r.index for r in topology.residues for a in r.atoms if a.name in ('OXT', 'OT2', 'OC2')}
     ca = [topology.atom(int(i)) for i in ca_atoms(topology)]
-    beads = [(a.index, b.index) for a, b in zip(ca, ca[1:]) if a.residue.chain is b.residue.chain and a.residue.index not in ends]
+    beads = [(a.index, b.index) for a, b in zip(ca, ca[1:])
+             if a.residue.chain is b.residue.chain and a.residue.index not in ends]
     return np.array(beads or [(a.index, b.index) for a, b in topology.bonds], int).reshape(-1, 2)
 
 # %% ../nbs/13_features.ipynb #5b0beae8
@@ -588,11 +661,15 @@ def _faults(t, neighbours): # what is wrong with frames: flags (T,), atom (T,), 
     d = md.compute_distances(t, neighbours, periodic=False) # nm
     worst, typical = neighbours[d.argmax(1), 0], d[min(len(d) - 1, int(nan.argmin()))]
     usual = 0.38 if len(ca_atoms(t.topology)) > 1 else 0.13
-    if np.median(typical) > 2.5*usual: yield np.ones(len(d), bool), worst, f'its neighbour is {d.max(1)[0]:.1f} nm away, and most are that far: the positions look like ångströms; divide them by 10'
-    if np.median(typical) < 0.25*usual: yield np.ones(len(d), bool), worst, f'its neighbour is {d.max(1)[0]:.3f} nm away, and most are that near: the positions were divided by 10 once too often, or the file is empty; nm are needed'
-    half = 5. if t.unitcell_lengths is None else np.minimum(5., np.where(t.unitcell_lengths.min(1) > 0, t.unitcell_lengths.min(1)/2, 5.))
+    if np.median(typical) > 2.5*usual:
+        yield np.ones(len(d), bool), worst, f'its neighbour is {d.max(1)[0]:.1f} nm away, and most are that far: the positions look like ångströms; divide them by 10'
+    if np.median(typical) < 0.25*usual:
+        yield np.ones(len(d), bool), worst, f'its neighbour is {d.max(1)[0]:.3f} nm away, and most are that near: the positions were divided by 10 once too often, or the file is empty; nm are needed'
+    half = 5. if t.unitcell_lengths is None else np.minimum(5.,
+        np.where(t.unitcell_lengths.min(1) > 0, t.unitcell_lengths.min(1)/2, 5.))
     cut = d.max(1) > half
-    if cut.any(): yield cut, worst, f'its neighbour is {d[cut].max(1)[0]:.1f} nm away: if the molecule is split across the box, read it with periodic=True, else the frame is damaged'
+    if cut.any():
+        yield cut, worst, f'its neighbour is {d[cut].max(1)[0]:.1f} nm away: if the molecule is split across the box, read it with periodic=True, else the frame is damaged'
 
 # %% ../nbs/13_features.ipynb #8af0b37f
 def _check(path, first, t, neighbours, damaged): # flags (T,) of frames to keep; raises, or warns, at the first bad one
@@ -600,23 +677,28 @@ def _check(path, first, t, neighbours, damaged): # flags (T,) of frames to keep;
     for bad, atom, what in _faults(t, neighbours):
         k = int(bad.argmax())
         message = f'{path}: frame {first + k}, atom {_labels(t.topology, [atom[k]])[0]}: {what}'
-        if damaged != 'skip' or bad.all() and len(bad) > 1: raise ValueError(message + '; damaged="skip" leaves such frames out'*(damaged != 'skip' and not bad.all()))
+        if damaged != 'skip' or bad.all() and len(bad) > 1:
+            raise ValueError(message + '; damaged="skip" leaves such frames out'*(damaged != 'skip' and not bad.all()))
         warnings.warn(f'{message}; {bad.sum()} frames like it are left out', stacklevel=2)
         good &= ~bad
     return good
 
 # %% ../nbs/13_features.ipynb #b0abd57e
 def _whole(path, t, neighbours): # molecules put together across the box, chains next to each other
-    if t.unitcell_vectors is None: raise ValueError(f'{path}: periodic=True needs a periodic box, and this file has none; leave it out')
+    if t.unitcell_vectors is None:
+        raise ValueError(f'{path}: periodic=True needs a periodic box, and this file has none; leave it out')
     if not t.topology.n_bonds: return t.make_molecules_whole(sorted_bonds=neighbours.astype(np.int32))
     molecules = t.topology.find_molecules()
-    return t.image_molecules(anchor_molecules=molecules, other_molecules=[]) if len(molecules) > 1 else t.make_molecules_whole()
+    return t.image_molecules(anchor_molecules=molecules,
+                             other_molecules=[]) if len(molecules) > 1 else t.make_molecules_whole()
 
 # %% ../nbs/13_features.ipynb #e14be67c
-def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, progress): # one file: (T, F), frames left out
+# one file: (T, F), frames left out
+def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, progress):
     path = Path(path)
     topology = fitting_topology(path, topology)
-    atoms, chunk = protein_atoms(topology), max(1, min(chunk, 30_000_000//topology.n_atoms)) # at most 360 MB of positions
+    # at most 360 MB of positions
+    atoms, chunk = protein_atoms(topology), max(1, min(chunk, 30_000_000//topology.n_atoms))
     protein = topology if len(atoms) == topology.n_atoms else topology.subset(atoms)
     rows, neighbours = featurizer.bind(protein), _neighbours(protein)
     out, n, skipped = [], 0, 0
@@ -640,7 +722,8 @@ def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, pro
 def _numbers(path, frame, x, features): # features of whole frames are numbers
     if np.isfinite(x).all(): return x
     k, j = np.argwhere(~np.isfinite(x))[0]
-    raise ValueError(f'{path}: frame {frame[k]}: {features.names[j]} is not a number; atoms {", ".join(features.atoms[j][:4])} may lie on one another')
+    raise ValueError(f'{path}: frame {frame[k]}: {features.names[j]} is not a number; atoms '
+                     f'{", ".join(features.atoms[j][:4])} may lie on one another')
 
 # %% ../nbs/13_features.ipynb #b457f046
 def stream(
@@ -659,7 +742,8 @@ def stream(
     if stride < 1 or chunk < 1: raise ValueError(f'stride {stride} and chunk {chunk} must be at least 1')
     files = [files] if isinstance(files, (str, Path)) else list(files)
     if not files: raise ValueError('no trajectory file was given')
-    task = partial(_featurize, topology=load_topology(topology), featurizer=featurizer, chunk=chunk, stride=stride, periodic=periodic, damaged=damaged, progress=progress and client is None)
+    task = partial(_featurize, topology=load_topology(topology), featurizer=featurizer, chunk=chunk, stride=stride,
+                   periodic=periodic, damaged=damaged, progress=progress and client is None)
     arrays, skipped = zip(*(client.gather(client.map(task, files, pure=False)) if client else map(task, files)))
     return list(arrays), replace(featurizer.features, skipped=skipped)
 
@@ -673,7 +757,8 @@ def plot_series(
 ):
     "Columns of one trajectory against time; returns the axes."
     import matplotlib.pyplot as plt
-    axes = plt.subplots(len(names), 1, figsize=(7, 1.5*len(names)), sharex=True, squeeze=False)[1][:, 0] if axes is None else axes
+    axes = plt.subplots(len(names), 1, figsize=(7, 1.5*len(names)), sharex=True, squeeze=False)[1][:,
+        0] if axes is None else axes
     for ax, name in zip(axes, names):
         i = features.index(name)
         ax.plot(np.arange(len(x))*spacing_ps/1000, x[:, i], lw=0.6)
@@ -695,8 +780,10 @@ def plot_contact_order(
     columns = np.array([i for i, n in enumerate(features.names) if n.startswith('contact ')])
     order = np.argsort(np.diff(pairs)[:, 0], kind='stable')
     b = np.minimum((x[:, features.index('Q')]*n_bins).astype(int), n_bins - 1)
-    mean = np.stack([x[b == k][:, columns[order]].mean(0) if (b == k).any() else np.full(len(columns), np.nan) for k in range(n_bins)], 1)
-    image = ax.imshow(mean, aspect='auto', origin='lower', extent=(0, 1, 0, len(columns)), cmap='viridis', vmin=0, vmax=1)
+    mean = np.stack([x[b == k][:, columns[order]].mean(0) if (b == k).any() else np.full(len(columns), np.nan)
+                     for k in range(n_bins)], 1)
+    image = ax.imshow(mean, aspect='auto', origin='lower', extent=(0, 1, 0, len(columns)), cmap='viridis', vmin=0,
+                      vmax=1)
     ax.figure.colorbar(image, label='mean soft contact')
     ax.set(xlabel='fraction of native contacts Q', ylabel='contact, short to long range')
     return ax
@@ -713,7 +800,8 @@ def plot_plane(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3.5))[1]
     i, j = features.select(names)
-    edges = [np.linspace(0, 1, n_bins + 1) if not features.units[k] else np.histogram_bin_edges(x[:, k], n_bins) for k in (i, j)]
+    edges = [np.linspace(0, 1, n_bins + 1) if not features.units[k] else np.histogram_bin_edges(x[:, k], n_bins)
+             for k in (i, j)]
     h, ex, ey = np.histogram2d(x[:, i], x[:, j], edges)
     with np.errstate(divide='ignore'): f = -np.log(h/h.max())
     mesh = ax.pcolormesh(ex, ey, np.where(np.isfinite(f), f, np.nan).T, cmap='viridis')

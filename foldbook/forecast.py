@@ -55,7 +55,8 @@ def _chosen(topology, atoms):
     if atoms == 'ca': return ca_atoms(topology)
     keep = dict(carbon=lambda s: s == 'C', heavy=lambda s: s not in ('H', 'D', 'VS'), all=lambda s: s != 'VS')[atoms]
     index = [a.index for a in topology.atoms if keep(a.element.symbol if a.element else '')]
-    if not index: raise ValueError(f'no atom of the topology is selected by atoms={atoms!r}; choose another of {", ".join(ATOMS)}')
+    if not index:
+        raise ValueError(f'no atom of the topology is selected by atoms={atoms!r}; choose another of {", ".join(ATOMS)}')
     return np.array(index)
 
 # %% ../nbs/20_lstm_baseline.ipynb #x20g
@@ -112,10 +113,12 @@ def plot_statistics(
     a.plot(ps, d, lw=0.6)
     for i, j in fast_stretches(d, width): a.axvspan(ps[i], ps[j], alpha=0.2, lw=0, color='C2')
     a.set(xlabel='time / ps', ylabel='RMSD to the first frame / Å', title=f'{title}; fast stretches shaded')
-    for axis, k in zip('xyz', kurtosis(superposed([x], mean_structure([x]))[0]).T): b.plot(k, 'o-', ms=3, lw=0.7, label=axis)
+    for axis, k in zip('xyz', kurtosis(superposed([x], mean_structure([x]))[0]).T):
+        b.plot(k, 'o-', ms=3, lw=0.7, label=axis)
     b.set(xlabel='atom', ylabel='excess kurtosis')
     b.legend(fontsize=8)
-    for name, y in (('radius of gyration', md.compute_rg(t)), ('end to end', np.linalg.norm(x[:, -1] - x[:, 0], axis=1))):
+    for name, y in (('radius of gyration', md.compute_rg(t)),
+                    ('end to end', np.linalg.norm(x[:, -1] - x[:, 0], axis=1))):
         acf = autocorrelation(y, len(y)//3)
         c.plot(ps[:len(acf)], acf, label=f'{name}, {correlation_time(acf)*t.timestep:.2g} ps')
     c.axhline(np.exp(-1), color='grey', lw=0.7)
@@ -128,8 +131,11 @@ def superposed(
     series: list, # (T, N, 3) nm per trajectory
     reference: np.ndarray, # (N, 3) nm
 ) -> list: # float32 (T, N, 3) per trajectory
-    "Each frame turned and shifted onto a reference. Raises `ValueError` below three atoms, where a rotation is not defined."
-    if reference.shape[0] < 3: raise ValueError(f'{reference.shape[0]} atoms cannot be superposed, it takes three; forecast them as they are with align=False')
+    """Each frame turned and shifted onto a reference. Raises `ValueError` below three atoms, where a rotation is not
+    defined."""
+    if reference.shape[0] < 3:
+        raise ValueError(f'{reference.shape[0]} atoms cannot be superposed, it takes three; forecast them as they are '
+                         f'with align=False')
     one = md.Trajectory(np.asarray(reference, np.float32)[None], None)
     return [md.Trajectory(np.array(x, np.float32), None).superpose(one, parallel=False).xyz for x in series]
 
@@ -155,15 +161,18 @@ class Windows:
 
     def __post_init__(self): _check_windows(self)
     @property
-    def task(self): return dict(lead=self.lead, history=self.history, window=self.window, n_atoms=self.series[0].shape[1])
+    def task(self):
+        return dict(lead=self.lead, history=self.history, window=self.window, n_atoms=self.series[0].shape[1])
     @property
     def reach(self): return self.history + self.lead + self.window - 1 # frames that one pair spans
     @property
     def past(self): # (n, history, N, 3), oldest first
-        return np.concatenate([_runs(x, self.history)[:len(x) - self.reach + 1] for x in self.series if len(x) >= self.reach])
+        return np.concatenate([_runs(x, self.history)[:len(x) - self.reach + 1]
+                               for x in self.series if len(x) >= self.reach])
     @property
     def future(self): # (n, window, N, 3)
-        return np.concatenate([_runs(x, self.window)[self.history + self.lead - 1:] for x in self.series if len(x) >= self.reach])
+        return np.concatenate([_runs(x, self.window)[self.history + self.lead - 1:]
+                               for x in self.series if len(x) >= self.reach])
     @property
     def last(self): return self.past[:, -1] # (n, N, 3)
     def __len__(self): return sum(max(0, len(x) - self.reach + 1) for x in self.series)
@@ -177,14 +186,17 @@ def _check_windows(w):
     if not w.series: raise ValueError('no trajectory to forecast; give at least one')
     for k, x in enumerate(w.series): _check_frames(k, x, np.shape(w.series[0]))
     if not len(w):
-        raise ValueError(f'lead {w.lead}, history {w.history} and window {w.window} span {w.reach} frames and the longest stretch has {max(map(len, w.series))}; give longer trajectories or a shorter lead')
+        raise ValueError(f'lead {w.lead}, history {w.history} and window {w.window} span {w.reach} frames and the '
+                         f'longest stretch has {max(map(len, w.series))}; give longer trajectories or a shorter lead')
 
 def _check_frames(k, x, shape):
     if np.ndim(x) != 3 or np.shape(x)[1:] != (shape[1] if len(shape) > 1 else 0, 3) or not shape[1]:
-        raise ValueError(f'trajectory {k} has shape {np.shape(x)}; positions are (frames, atoms, 3), with the same atoms in every trajectory')
+        raise ValueError(f'trajectory {k} has shape {np.shape(x)}; positions are (frames, atoms, 3), with the same '
+                         f'atoms in every trajectory')
     if not (good := np.isfinite(x)).all():
         frame, atom, _ = np.argwhere(~good)[0]
-        raise ValueError(f'trajectory {k}, frame {frame}, atom {atom}: position is not a number; leave that frame out or mend the file')
+        raise ValueError(f'trajectory {k}, frame {frame}, atom {atom}: position is not a number; leave that frame out '
+                         f'or mend the file')
 
 # %% ../nbs/20_lstm_baseline.ipynb #x20r
 @dataclass(frozen=True, eq=False)
@@ -205,8 +217,10 @@ def split(
     cuts = [(int(parts[0]*len(x)), int(sum(parts)*len(x))) for x in series]
     for k, (x, (a, b)) in enumerate(zip(series, cuts)):
         if min(b - a, len(x) - b) <= gap:
-            raise ValueError(f'trajectory {k} has {len(x)} frames: too few for training, validation and test with {gap} frames between them; give a longer one or shorten lead and history')
-    return tuple([x[i(a, b)] for x, (a, b) in zip(series, cuts)] for i in (lambda a, b: slice(a), lambda a, b: slice(a + gap, b), lambda a, b: slice(b + gap, None)))
+            raise ValueError(f'trajectory {k} has {len(x)} frames: too few for training, validation and test with '
+                             f'{gap} frames between them; give a longer one or shorten lead and history')
+    return tuple([x[i(a, b)] for x, (a, b) in zip(series, cuts)]
+                 for i in (lambda a, b: slice(a), lambda a, b: slice(a + gap, b), lambda a, b: slice(b + gap, None)))
 
 # %% ../nbs/20_lstm_baseline.ipynb #x20s
 def forecasting_problem(
@@ -215,10 +229,12 @@ def forecasting_problem(
     history: int = 5, # frames
     window: int = 1, # frames
     align: bool = True, # superpose on the mean of the training part
-    gap: int|None = None, # frames between the parts; default history + lead + window, give the longest to compare leads on the same frames
+    # frames between the parts; default history + lead + window, give the longest to compare leads on the same frames
+    gap: int|None = None,
     parts: tuple = (0.6, 0.15),
 ) -> Problem:
-    "Split, superpose and cut into windows. Raises `ValueError` for data that are too short, not numbers, or do not move."
+    """Split, superpose and cut into windows. Raises `ValueError` for data that are too short, not numbers, or do not
+    move."""
     series = [np.asarray(x, np.float32) for x in series]
     Windows(series, lead, history, window)
     split_series = split(series, history + lead + window if gap is None else gap, parts)
@@ -228,7 +244,9 @@ def forecasting_problem(
     problem = Problem(*(Windows(s, lead, history, window) for s in split_series))
     for name in ('train', 'validation', 'test'):
         w = getattr(problem, name)
-        if not np.any(w.future != w.last[:, None]): raise ValueError(f'nothing moves in the {name} part: the last frame is an exact forecast and there is nothing to learn')
+        if not np.any(w.future != w.last[:, None]):
+            raise ValueError(f'nothing moves in the {name} part: the last frame is an exact forecast and there is '
+                             f'nothing to learn')
     return problem
 
 # %% ../nbs/20_lstm_baseline.ipynb #x20u
@@ -245,7 +263,8 @@ def rmsd(
 def one_frame_optimum(
     problem: Problem,
 ) -> float: # ratio of root mean square errors, shrinking over static
-    "$\\sqrt{(1+\\rho)/2}$ over all coordinates of the test part, each with its own autocorrelation about the training mean, weighted by its motion."
+    """$\\sqrt{(1+\\rho)/2}$ over all coordinates of the test part, each with its own autocorrelation about the
+    training mean, weighted by its motion."""
     m = np.concatenate(problem.train.series).mean(0, dtype=np.float64)
     now, then = problem.test.last[:, None] - m, problem.test.future - m # (n, 1, N, 3), (n, window, N, 3)
     c, s2 = (now*then).mean(0), ((now**2).mean(0) + (then**2).mean(0))/2
@@ -277,7 +296,8 @@ def best_step_error(
 # %% ../nbs/20_lstm_baseline.ipynb #y20e
 @dataclass(frozen=True, eq=False)
 class GaussianProcess:
-    "A linear process $z' = Az + $ noise of which the first component is seen; with a drift, what is seen is the sum of drift and first component."
+    """A linear process $z' = Az + $ noise of which the first component is seen; with a drift, what is seen is the
+    sum of drift and first component."""
     step: np.ndarray # (k, k), A
     covariance: np.ndarray # (k, k), stationary
     drift: float|None = None # per frame; None: not summed
@@ -288,7 +308,8 @@ class GaussianProcess:
     def sample(self, n_frames, n_atoms=4, n_trajectories=1, seed=0) -> list: # float32 (T, N, 3) per trajectory
         "Independent coordinates, started in equilibrium."
         rng = np.random.default_rng(seed)
-        noise = np.linalg.cholesky(self.covariance - self.step @ self.covariance @ self.step.T + 1e-15*np.eye(len(self.step)))
+        noise = np.linalg.cholesky(self.covariance - self.step @ self.covariance @ self.step.T
+                                   + 1e-15*np.eye(len(self.step)))
         z = np.empty((n_frames, len(self.step), 3*n_atoms*n_trajectories))
         z[0] = np.linalg.cholesky(self.covariance) @ rng.normal(size=z.shape[1:])
         for t in range(1, n_frames): z[t] = self.step @ z[t-1] + noise @ rng.normal(size=z.shape[1:])
@@ -336,12 +357,14 @@ def pooled_autocovariance(
 # %% ../nbs/20_lstm_baseline.ipynb #l20b
 @dataclass
 class Forecaster:
-    "What all forecasters share. A subclass gives `_learn(train, validation)`, a dictionary of arrays, and `_forecast(windows)`, (n, window, N, 3)."
+    """What all forecasters share. A subclass gives `_learn(train, validation)`, a dictionary of arrays, and
+    `_forecast(windows)`, (n, window, N, 3)."""
     def __post_init__(self): self.learned, self.task, self.history = {}, None, []
 
     def fit(self, train: Windows, validation: Windows, progress: bool = False) -> 'Forecaster':
         "Learn from one part and choose by another. Raises `ValueError` if they are not the same task."
-        if train.task != validation.task: raise ValueError(f'training is {train.task} and validation {validation.task}; they must be alike')
+        if train.task != validation.task:
+            raise ValueError(f'training is {train.task} and validation {validation.task}; they must be alike')
         self.progress = progress
         self.learned = {k: np.asarray(v) for k, v in self._learn(train, validation).items()}
         self.task = train.task
@@ -350,7 +373,8 @@ class Forecaster:
     def predict(self, windows: Windows) -> np.ndarray: # (n, window, N, 3) nm
         "Forecast; raises `ValueError` before `fit` or for another task."
         if self.task is None: raise ValueError(f'{type(self).__name__} has not been trained; call fit or load first')
-        if windows.task != self.task: raise ValueError(f'trained for {self.task}, asked for {windows.task}; train another one for that')
+        if windows.task != self.task:
+            raise ValueError(f'trained for {self.task}, asked for {windows.task}; train another one for that')
         return self._forecast(windows)
 
     def _learn(self, train, validation): return {}
@@ -367,7 +391,8 @@ class Mean(Forecaster):
 
 # %% ../nbs/20_lstm_baseline.ipynb #sp09c
 class Drift(Forecaster):
-    def _learn(self, train, validation): return dict(drift=(train.future - train.last[:, None]).mean(0, dtype=np.float64))
+    def _learn(self, train, validation):
+        return dict(drift=(train.future - train.last[:, None]).mean(0, dtype=np.float64))
     def _forecast(self, w): return w.last[:, None] + self.learned['drift']
 
 class Linear(Forecaster):
@@ -385,7 +410,8 @@ class Shrink(Forecaster):
         now, then = (train.last - m)[:, None], train.future - m
         c, s2 = (now*then).sum(0), (now*now).sum(0)
         return dict(mean=m, factor=np.clip(np.divide(c, s2, where=s2 > 0, out=np.ones_like(c)), 0, 1))
-    def _forecast(self, w): return self.learned['mean'] + self.learned['factor']*(w.last - self.learned['mean'])[:, None]
+    def _forecast(self, w):
+        return self.learned['mean'] + self.learned['factor']*(w.last - self.learned['mean'])[:, None]
 
 # %% ../nbs/20_lstm_baseline.ipynb #l20i
 def _flat(x): return np.asarray(x, np.float64).reshape(*x.shape[:-2], -1) # (..., N, 3) -> (..., 3N)
@@ -402,7 +428,8 @@ def _chosen_fit(
     V, v, # validation part
     stretches: int = 4,
 ):
-    "Weights from the whole training part, made by the choice that forecasts left-out stretches and the validation part best."
+    """Weights from the whole training part, made by the choice that forecasts left-out stretches and the validation
+    part best."""
     A, B = sums(X, y)
     scores = np.array([error(V, v, m(A, B)) for m in make])
     for i in np.array_split(np.arange(len(X)), min(stretches, len(X))):
@@ -423,12 +450,14 @@ class Autoregression(Forecaster):
         f, b = F.mean(0), y.mean(0)
         sums = lambda X, z: (np.einsum('nhd,nkd->dhk', X, X), np.einsum('nhd,nwd->dhw', X, z))
         error = lambda X, z, c: ((z - np.einsum('nhd,dhw->nwd', X, c))**2).sum()
-        make = [lambda A, B, first=first, r=r: _ridge(A, B, first, r) for first in range(min(2, train.history)) for r in self.ridges]
+        make = [lambda A, B, first=first, r=r: _ridge(A, B, first, r) for first in range(min(2, train.history))
+                for r in self.ridges]
         return dict(mean=m, centre=f, drift=b, weights=_chosen_fit(make, sums, error, F - f, y - b, V - f, v - b))
 
     def _forecast(self, w):
         F = _levels_and_steps(_flat(w.past) - self.learned['mean']) - self.learned['centre']
-        return w.last[:, None] + (self.learned['drift'] + np.einsum('nhd,dhw->nwd', F, self.learned['weights'])).reshape(w.future.shape)
+        return w.last[:, None] + (self.learned['drift']
+                                  + np.einsum('nhd,dhw->nwd', F, self.learned['weights'])).reshape(w.future.shape)
 
 # %% ../nbs/20_lstm_baseline.ipynb #sp11c
 def _ridge(A, B, first, r): # weights (D, h, w) from normal equations, those before `first` zero
@@ -442,7 +471,8 @@ def principal_axes(
     series: list, # (T, N, 3) per trajectory
     components: int, # at most
 ) -> tuple: # mean (D,), axes (D, k)
-    "Mean and leading principal axes of coordinates; directions that hardly move, such as the six that superposition takes away, are left out."
+    """Mean and leading principal axes of coordinates; directions that hardly move, such as the six that
+    superposition takes away, are left out."""
     from sklearn.decomposition import PCA
     X = np.concatenate([_flat(x) for x in series])
     pca = PCA(min(components, *X.shape), random_state=0).fit(X)
@@ -465,8 +495,10 @@ class VectorAutoregression(Forecaster):
         f, s = F.mean(0), F.std(0) + 1e-12
         left = lambda w: (w.future - alone.predict(w)).reshape(len(w), -1)
         make = [lambda A, B, r=r: _solved(A, B, r) for r in (*self.ridges, np.inf)]
-        weights = _chosen_fit(make, lambda X, y: (X.T @ X, X.T @ y), lambda X, y, c: ((y - X @ c)**2).sum(), (F - f)/s, left(train), (self._read(validation, m, axes) - f)/s, left(validation))
-        return {f'alone.{k}': x for k, x in alone.learned.items()} | dict(mean=m, axes=axes, centre=f, weights=weights/s[:, None])
+        weights = _chosen_fit(make, lambda X, y: (X.T @ X, X.T @ y), lambda X, y, c: ((y - X @ c)**2).sum(), (F - f)/s,
+                              left(train), (self._read(validation, m, axes) - f)/s, left(validation))
+        return {f'alone.{k}': x for k, x in alone.learned.items()} | dict(mean=m, axes=axes, centre=f,
+                                                                          weights=weights/s[:, None])
 
     def _read(self, w, m, axes): return _levels_and_steps((_flat(w.past) - m) @ axes).reshape(len(w), -1)
 
@@ -476,7 +508,8 @@ class VectorAutoregression(Forecaster):
 
 # %% ../nbs/20_lstm_baseline.ipynb #sp13c
 def _part(model, whole, name): # a forecaster inside another, with its arrays
-    model.task, model.learned = whole.task or model.task, {k.removeprefix(name + '.'): v for k, v in whole.learned.items() if k.startswith(name + '.')}
+    model.task, model.learned = whole.task or model.task, {k.removeprefix(name + '.'): v
+        for k, v in whole.learned.items() if k.startswith(name + '.')}
     return model
 
 # %% ../nbs/20_lstm_baseline.ipynb #l20m
@@ -499,17 +532,20 @@ class Arima(Forecaster):
         return dict(mean=m, drift=drift, scale=s, parameters=np.array(fits))
 
     def _forecast(self, w):
-        ahead = [self._ahead(_flat(x) - self.learned['mean'], w)[w.history - 1:len(x) - w.lead - w.window + 1] for x in w.series if len(x) >= w.reach]
+        ahead = [self._ahead(_flat(x) - self.learned['mean'], w)[w.history - 1:len(x) - w.lead - w.window + 1]
+                 for x in w.series if len(x) >= w.reach]
         return (np.concatenate(ahead) + self.learned['mean']).reshape(w.future.shape)
 
     def _ahead(self, x, w): # (T, D) -> (T, window, D): forecasts from each frame, by powers of the transition matrix
         from statsmodels.tsa.statespace.sarimax import SARIMAX
         times, y = np.arange(len(x)), np.empty((len(x), w.window, x.shape[1]))
         for d, (v, s, p) in enumerate(zip(*(self.learned[k] for k in ('drift', 'scale', 'parameters')))):
-            r = SARIMAX((x[:, d] - v*times)/s, order=tuple(self.order), trend='n', enforce_stationarity=False, enforce_invertibility=False).filter(p)
+            r = SARIMAX((x[:, d] - v*times)/s, order=tuple(self.order), trend='n', enforce_stationarity=False,
+                        enforce_invertibility=False).filter(p)
             step, read = r.model.ssm['transition'], r.model.ssm['design']
             for j, lead in enumerate(range(w.lead, w.lead + w.window)):
-                y[:, j, d] = v*(times + lead) + s*(read @ np.linalg.matrix_power(step, lead - 1) @ r.predicted_state[:, 1:])[0]
+                y[:, j, d] = v*(times + lead) + s*(read @ np.linalg.matrix_power(step, lead - 1)
+                                                   @ r.predicted_state[:, 1:])[0]
         return y
 
 # %% ../nbs/20_lstm_baseline.ipynb #n20b
@@ -528,27 +564,37 @@ class HistoryNetwork(nn.Module):
     ):
         super().__init__()
         self.kind, n = kind, channels*history
-        if kind == 'ffn': self.body = nn.Sequential(nn.Flatten(1), *[m for k in range(layers) for m in (nn.Linear(hidden if k else n, hidden), nn.Tanh())])
-        elif kind == 'transformer': self.body, self.embed, self.place = _causal(hidden, layers), nn.Linear(channels, hidden), nn.Parameter(0.1*torch.randn(history, hidden))
+        if kind == 'ffn':
+            self.body = nn.Sequential(nn.Flatten(1), *[m for k in range(layers)
+                                                       for m in (nn.Linear(hidden if k else n, hidden), nn.Tanh())])
+        elif kind == 'transformer':
+            self.body, self.embed, self.place = _causal(hidden, layers), nn.Linear(channels,
+                hidden), nn.Parameter(0.1*torch.randn(history, hidden))
         else: self.body = (nn.LSTM if kind == 'lstm' else nn.GRU)(channels, hidden, layers, batch_first=True)
         self.head, self.linear = nn.Linear(hidden, outputs), nn.Linear(n, outputs) if skip else None
         for layer in (self.head, self.linear) if skip else (): [nn.init.zeros_(p) for p in layer.parameters()]
 
     def forward(self, z): # (B, h, c) -> (B, outputs)
-        if self.kind == 'transformer': y = self.body(self.embed(z) + self.place, mask=nn.Transformer.generate_square_subsequent_mask(z.shape[1], z.device), is_causal=True)[:, -1]
+        if self.kind == 'transformer':
+            y = self.body(self.embed(z) + self.place, mask=nn.Transformer.generate_square_subsequent_mask(z.shape[1],
+                z.device), is_causal=True)[:, -1]
         else: y = self.body(z) if self.kind == 'ffn' else self.body(z)[0][:, -1]
         return self.head(y) + (self.linear(z.flatten(1)) if self.linear is not None else 0)
 
 # %% ../nbs/20_lstm_baseline.ipynb #sp14c
 def _causal(hidden, layers):
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(hidden, 2, 2*hidden, 0., batch_first=True, norm_first=True), layers, enable_nested_tensor=False)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(hidden, 2, 2*hidden, 0., batch_first=True, norm_first=True),
+                                 layers, enable_nested_tensor=False)
 
 # %% ../nbs/20_lstm_baseline.ipynb #n20e
 class _Pairs(Dataset):
     "Histories and targets by number: all groups of the first time, then of the next."
-    def __init__(self, z, ends, history, target=None): self.z, self.ends, self.offsets, self.target, self.n_groups = z, ends, torch.arange(1 - history, 1), target, z.shape[1]
+    def __init__(self, z, ends, history, target=None):
+        self.z, self.ends, self.offsets, self.target, self.n_groups = z, ends, torch.arange(1 - history,
+                                                                                            1), target, z.shape[1]
     def __len__(self): return len(self.ends)*self.n_groups
-    def histories(self, i): return self.z[self.ends[i//self.n_groups][:, None] + self.offsets, (i % self.n_groups)[:, None]]
+    def histories(self, i):
+        return self.z[self.ends[i//self.n_groups][:, None] + self.offsets, (i % self.n_groups)[:, None]]
     def __getitem__(self, i):
         i = torch.as_tensor(i)
         return self.histories(i), self.target[i//self.n_groups, i % self.n_groups]
@@ -566,7 +612,8 @@ class _Learning(pl.LightningModule):
         self.losses.append(loss.detach())
         return loss
     def validation_step(self, batch, _):
-        self.log('validation', functional.mse_loss(self.network(batch[0]), batch[1]), on_epoch=True, batch_size=len(batch[0]))
+        self.log('validation', functional.mse_loss(self.network(batch[0]), batch[1]), on_epoch=True,
+                 batch_size=len(batch[0]))
     def on_train_epoch_end(self): # after validation
         self.rows[-1]['train'] = float(torch.stack(self.losses).mean())
         self.losses.clear()
@@ -584,7 +631,8 @@ class _Learning(pl.LightningModule):
 @contextlib.contextmanager
 def quiet(threads: int): # 0 leaves their number alone
     "Lightning without its banners, a fixed number of threads, and the global random state put back afterwards."
-    loggers = [logging.getLogger(n) for n in ('lightning.pytorch', 'lightning.fabric', 'lightning.pytorch.utilities.rank_zero')]
+    loggers = [logging.getLogger(n) for n in ('lightning.pytorch', 'lightning.fabric',
+                                              'lightning.pytorch.utilities.rank_zero')]
     levels, n = [l.level for l in loggers], torch.get_num_threads()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter('ignore')
@@ -601,8 +649,10 @@ class NetworkOptions(Forecaster):
     "What a network is and how it is trained; every field is an argument of `Network`."
     kind: str = 'lstm' # one of `KINDS`
     reads: str = 'atom' # 'atom', 'coordinate', or 'structure'
-    skip: str|None = 'var' # linear forecaster that it starts from; 'ar' sees its own coordinate only; None: nothing, as in the study
-    standardise: bool = True # read deviations and steps in units of their spread; False: coordinates in Å as they come, as in the study
+    # linear forecaster that it starts from; 'ar' sees its own coordinate only; None: nothing, as in the study
+    skip: str|None = 'var'
+    # read deviations and steps in units of their spread; False: coordinates in Å as they come, as in the study
+    standardise: bool = True
     hidden: int = 32
     layers: int = 1
     learning_rate: float = 0.01
@@ -617,11 +667,15 @@ class NetworkOptions(Forecaster):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (('kind', KINDS), ('reads', ('atom', 'coordinate', 'structure')), ('skip', (*LINEAR, None))):
-            if getattr(self, name) not in allowed: raise ValueError(f'{name}={getattr(self, name)!r} is not known; choose one of {", ".join(map(str, allowed))}')
+        for name, allowed in (('kind', KINDS), ('reads', ('atom', 'coordinate', 'structure')),
+                              ('skip', (*LINEAR, None))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name}={getattr(self, name)!r} is not known; choose one of '
+                                 f'{", ".join(map(str, allowed))}')
         for name in ('hidden', 'layers', 'batch_size', 'steps_per_epoch', 'max_epochs', 'patience', 'components'):
             if getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}; it must be at least 1')
-        if self.kind == 'transformer' and self.hidden % 2: raise ValueError(f'hidden={self.hidden}; a transformer needs an even number, it has two heads')
+        if self.kind == 'transformer' and self.hidden % 2:
+            raise ValueError(f'hidden={self.hidden}; a transformer needs an even number, it has two heads')
 
 # %% ../nbs/20_lstm_baseline.ipynb #sp16c
 LINEAR = dict(static=Static, drift=Drift, shrink=Shrink, ar=Autoregression, var=VectorAutoregression)
@@ -630,8 +684,11 @@ LINEAR = dict(static=Static, drift=Drift, shrink=Shrink, ar=Autoregression, var=
 class _Reading:
     "How a network sees positions, and what is left for it."
     def _frame(self, train): # mean, axes, units of what is read
-        m, axes = principal_axes(train.series, self.components) if self.reads == 'structure' else (np.concatenate([_flat(x) for x in train.series]).mean(0), np.zeros((0, 0)))
-        if not self.standardise: return dict(mean=0*m, axes=np.eye(len(m)) if len(axes) else axes, scale=np.float64(0.1), pace=np.float64(0))
+        m, axes = principal_axes(train.series,
+                                 self.components) if self.reads == 'structure' else (np.concatenate([_flat(x)
+                                     for x in train.series]).mean(0), np.zeros((0, 0)))
+        if not self.standardise:
+            return dict(mean=0*m, axes=np.eye(len(m)) if len(axes) else axes, scale=np.float64(0.1), pace=np.float64(0))
         self.learned = dict(mean=m, axes=axes, scale=1., pace=1.)
         z = np.concatenate([self._encode(x) for x in train.series])
         z, steps = np.split(z, 2, axis=-1)
@@ -640,7 +697,8 @@ class _Reading:
 
     def _encode(self, x): # (T, N, 3) -> (T, groups, channels): positions, then steps
         l, z = self.learned, _flat(x) - self.learned['mean']
-        z = (z @ l['axes'])[:, None] if self.reads == 'structure' else z.reshape(len(x), -1, 3 if self.reads == 'atom' else 1)
+        z = (z @ l['axes'])[:, None] if self.reads == 'structure' else z.reshape(len(x), -1,
+                                                                                 3 if self.reads == 'atom' else 1)
         z = z/l['scale']
         return np.concatenate([z, np.diff(z, axis=0, prepend=z[:1])/l['pace']], axis=-1) if np.any(l['pace']) else z
 
@@ -650,13 +708,15 @@ class _Reading:
 
     def _left(self, w): # (n, groups, outputs) nm
         e = w.future - self._start(w)
-        e = (_flat(e) @ self.learned['axes'])[:, :, None] if self.reads == 'structure' else e.reshape(len(w), w.window, -1, 3 if self.reads == 'atom' else 1)
+        e = (_flat(e) @ self.learned['axes'])[:, :, None] if self.reads == 'structure' else e.reshape(len(w), w.window,
+            -1, 3 if self.reads == 'atom' else 1)
         return e.swapaxes(1, 2).reshape(len(w), e.shape[2], -1)
 
     def _pairs(self, w, target=None):
         starts = np.cumsum([0] + [len(x) for x in w.series[:-1]])
         ends = [s + np.arange(w.history - 1, len(x) - w.lead - w.window + 1) for s, x in zip(starts, w.series)]
-        return _Pairs(torch.tensor(np.concatenate([self._encode(x) for x in w.series]), dtype=torch.float32), torch.tensor(np.concatenate(ends)), w.history, target)
+        return _Pairs(torch.tensor(np.concatenate([self._encode(x) for x in w.series]), dtype=torch.float32),
+                      torch.tensor(np.concatenate(ends)), w.history, target)
 
 # %% ../nbs/20_lstm_baseline.ipynb #n20k
 class _Training:
@@ -664,19 +724,25 @@ class _Training:
     def _network(self, weights=None):
         c = dict(atom=3, coordinate=1).get(self.reads) or self.learned['axes'].shape[1]
         channels = c*(2 if np.any(self.learned['pace']) else 1)
-        network = HistoryNetwork(self.kind, channels, self.task['history'], c*self.task['window'], self.hidden, self.layers, bool(self.skip))
+        network = HistoryNetwork(self.kind, channels, self.task['history'], c*self.task['window'], self.hidden,
+                                 self.layers, bool(self.skip))
         if weights: network.load_state_dict({k: torch.tensor(v) for k, v in weights.items()})
         return network
 
     def _train(self, train, validation):
         n = min(len(train), self.steps_per_epoch*self.batch_size)
-        with quiet(self.threads), tqdm(total=self.max_epochs, desc=f'{self.kind} by {self.reads}', unit='epoch', disable=not self.progress) as bar:
+        with quiet(self.threads), tqdm(total=self.max_epochs, desc=f'{self.kind} by {self.reads}', unit='epoch',
+                                       disable=not self.progress) as bar:
             torch.manual_seed(self.seed)
-            order = BatchSampler(RandomSampler(train, num_samples=n, generator=torch.Generator().manual_seed(self.seed)), min(self.batch_size, n), drop_last=True)
+            order = BatchSampler(RandomSampler(train, num_samples=n,
+                generator=torch.Generator().manual_seed(self.seed)), min(self.batch_size, n), drop_last=True)
             learning = _Learning(self._network(), self.learning_rate, bar.update)
-            trainer = pl.Trainer(max_epochs=self.max_epochs, accelerator=self.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, num_sanity_val_steps=-1, callbacks=[EarlyStopping('validation', patience=self.patience, min_delta=1e-4)])
-            trainer.fit(learning, DataLoader(train, sampler=order, batch_size=None), DataLoader(validation, sampler=validation.batches(16384), batch_size=None))
+            trainer = pl.Trainer(max_epochs=self.max_epochs, accelerator=self.accelerator, devices=1, logger=False,
+                                 enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, num_sanity_val_steps=-1,
+                callbacks=[EarlyStopping('validation', patience=self.patience, min_delta=1e-4)])
+            trainer.fit(learning, DataLoader(train, sampler=order, batch_size=None),
+                        DataLoader(validation, sampler=validation.batches(16384), batch_size=None))
         self.history = learning.rows
         return {k: v.cpu() for k, v in learning.best[1].items()}
 
@@ -685,24 +751,30 @@ class Network(_Reading, _Training, NetworkOptions):
     "A network on top of a linear forecaster, one for all atoms."
     def _learn(self, train, validation):
         self.task, self.learned = train.task, self._frame(train)
-        if self.skip: self.learned |= {f'skip.{k}': v for k, v in LINEAR[self.skip]().fit(train, validation).learned.items()}
+        if self.skip:
+            self.learned |= {f'skip.{k}': v for k, v in LINEAR[self.skip]().fit(train, validation).learned.items()}
         left = self._left(train)
         self.learned['unit'] = np.float64(left.std() if self.standardise else 0.1)
-        pairs = [self._pairs(w, torch.tensor(e/self.learned['unit'], dtype=torch.float32)) for w, e in ((train, left), (validation, self._left(validation)))]
+        pairs = [self._pairs(w, torch.tensor(e/self.learned['unit'], dtype=torch.float32))
+                 for w, e in ((train, left), (validation, self._left(validation)))]
         weights = self._train(*pairs)
         return self.learned | {f'net.{k}': v.numpy() for k, v in weights.items()}
 
     def _forecast(self, w):
         pairs, net = self._pairs(w), self._network(_part(Forecaster(), self, 'net').learned)
-        with quiet(self.threads), torch.no_grad(): y = torch.cat([net(pairs.histories(i)) for i in pairs.batches(65536)]).double().numpy()*self.learned['unit']
+        with quiet(self.threads), torch.no_grad():
+            y = torch.cat([net(pairs.histories(i)) for i in pairs.batches(65536)]).double().numpy()*self.learned['unit']
         y = y.reshape(len(w), pairs.n_groups, w.window, -1).swapaxes(1, 2)
         if self.reads == 'structure': y = y[:, :, 0] @ self.learned['axes'].T
         return self._start(w) + y.reshape(w.future.shape)
 
 # %% ../nbs/20_lstm_baseline.ipynb #n20o
-FORECASTERS = dict(static=Static, mean=Mean, drift=Drift, linear=Linear, shrink=Shrink, ar=Autoregression, var=VectorAutoregression, arima=Arima,
-    ffn=partial(Network, 'ffn'), gru=partial(Network, 'gru'), lstm=Network, stacked=partial(Network, layers=2), transformer=partial(Network, 'transformer'),
-    lstm_coordinate=partial(Network, reads='coordinate'), lstm_structure=partial(Network, reads='structure'), lstm_alone=partial(Network, skip='ar'))
+FORECASTERS = dict(static=Static, mean=Mean, drift=Drift, linear=Linear, shrink=Shrink, ar=Autoregression,
+                   var=VectorAutoregression, arima=Arima,
+    ffn=partial(Network, 'ffn'), gru=partial(Network, 'gru'), lstm=Network, stacked=partial(Network, layers=2),
+    transformer=partial(Network, 'transformer'),
+    lstm_coordinate=partial(Network, reads='coordinate'), lstm_structure=partial(Network, reads='structure'),
+    lstm_alone=partial(Network, skip='ar'))
 NETWORKS = tuple(FORECASTERS)[8:]
 
 def forecaster(
@@ -713,7 +785,8 @@ def forecaster(
     if name not in FORECASTERS: raise ValueError(f'model {name!r} is not known; choose from {", ".join(FORECASTERS)}')
     make = FORECASTERS[name]
     known = {f.name for f in fields(make.func if isinstance(make, partial) else make)}
-    if wrong := set(options) - known: raise ValueError(f'{name} has no option {", ".join(sorted(wrong))}; it has {", ".join(sorted(known)) or "none"}')
+    if wrong := set(options) - known:
+        raise ValueError(f'{name} has no option {", ".join(sorted(wrong))}; it has {", ".join(sorted(known)) or "none"}')
     return make(**options)
 
 # %% ../nbs/20_lstm_baseline.ipynb #n20r
@@ -725,7 +798,8 @@ def save_forecaster(
     if model.task is None: raise ValueError(f'{type(model).__name__} has not been trained; there is nothing to save')
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with writing(directory/'forecaster.safetensors') as tmp: save_file({k: np.ascontiguousarray(v) for k, v in model.learned.items()}, tmp)
+    with writing(directory/'forecaster.safetensors') as tmp:
+        save_file({k: np.ascontiguousarray(v) for k, v in model.learned.items()}, tmp)
     card = {'class': type(model).__name__, 'options': asdict(model), 'task': model.task, 'history': model.history}
     with writing(directory/'forecaster.json') as tmp: tmp.write_text(json.dumps(card, indent=1))
 
@@ -736,7 +810,8 @@ def load_forecaster(
     "Read a forecaster back. Raises `FileNotFoundError` if the directory holds none."
     directory = Path(directory)
     for name in ('forecaster.json', 'forecaster.safetensors'):
-        if not (directory/name).exists(): raise FileNotFoundError(f'{directory} has no {name}; give the directory that save_forecaster wrote')
+        if not (directory/name).exists():
+            raise FileNotFoundError(f'{directory} has no {name}; give the directory that save_forecaster wrote')
     card = json.loads((directory/'forecaster.json').read_text())
     classes = {c.__name__: c for c in (Mean, Linear, Arima, Network, *LINEAR.values())}
     model = classes[card['class']](**card['options'])
@@ -775,15 +850,20 @@ class Comparison:
     def models(self): return list(dict.fromkeys(m for _, m in self.errors))
 
     def table(self, n_resamples: int = 500, seed: int = 0) -> pd.DataFrame:
-        "One row for each lead and model: errors by both definitions, and their ratios to static and to AR with bootstrap errors."
+        """One row for each lead and model: errors by both definitions, and their ratios to static and to AR with
+        bootstrap errors."""
         return pd.concat([self._rows(l, n_resamples, seed) for l in self.leads], ignore_index=True)
 
     def _rows(self, lead, n_resamples, seed):
         errors = {m: self.errors[lead, m] for m in self.models}
-        draws, now = bootstrap_errors(errors, self.reach[lead], n_resamples, seed), pd.Series({m: np.sqrt((e**2).mean()) for m, e in errors.items()})
-        rows = dict(lead=lead, model=list(errors), rmsd_nm=now.values, rmsd_study_nm=now.values/np.sqrt(3), seconds=[self.seconds[lead, m] for m in errors])
+        draws, now = bootstrap_errors(errors, self.reach[lead], n_resamples,
+                                      seed), pd.Series({m: np.sqrt((e**2).mean()) for m, e in errors.items()})
+        rows = dict(lead=lead, model=list(errors), rmsd_nm=now.values, rmsd_study_nm=now.values/np.sqrt(3),
+                    seconds=[self.seconds[lead, m] for m in errors])
         for other in ('static', 'ar', 'mean'):
-            if other in errors: rows |= {f'over_{other}': (now/now[other]).values, f'over_{other}_se': draws.div(draws[other], axis=0).std().values}
+            if other in errors:
+                rows |= {f'over_{other}': (now/now[other]).values,
+                         f'over_{other}_se': draws.div(draws[other], axis=0).std().values}
         return pd.DataFrame(rows)
 
 # %% ../nbs/20_lstm_baseline.ipynb #c20e
@@ -799,13 +879,16 @@ def compare(
     n_workers: int|None = None, # default one a core; 1 works in this process
     progress: bool = True,
 ) -> Comparison:
-    "Train and judge every model at every lead on one split. Raises `ValueError` for unknown models, or a directory of another comparison."
+    """Train and judge every model at every lead on one split. Raises `ValueError` for unknown models, or a directory
+    of another comparison."""
     models, series = list(dict.fromkeys(['static', *models])), [np.asarray(x, np.float32) for x in series]
     for m in models: forecaster(m, **(options or {}).get(m, {}))
     settings = dict(history=history, align=align, gap=history + max(leads))
     directory = directory and _claimed(Path(directory), settings, series)
-    jobs = [dict(lead=l, model=m, options=(options or {}).get(m, {}), settings=settings, out=directory and directory/f'lead-{l:04d}'/m) for m in reversed(models) for l in leads]
-    result = Comparison(reach={l: l + history for l in leads}, optimum={l: one_frame_optimum(forecasting_problem(series, l, **settings)) for l in leads})
+    jobs = [dict(lead=l, model=m, options=(options or {}).get(m, {}), settings=settings,
+                 out=directory and directory/f'lead-{l:04d}'/m) for m in reversed(models) for l in leads]
+    result = Comparison(reach={l: l + history for l in leads},
+                        optimum={l: one_frame_optimum(forecasting_problem(series, l, **settings)) for l in leads})
     done = dict(zip(((j['lead'], j['model']) for j in jobs), _all(series, jobs, client, n_workers, progress)))
     for m in models:
         for l in leads: result.errors[l, m], result.seconds[l, m] = done[l, m]
@@ -819,7 +902,8 @@ def _claimed(directory, settings, series):
     directory.mkdir(parents=True, exist_ok=True)
     card = directory/'comparison.json'
     if card.exists() and json.loads(card.read_text())['digest'] != h.hexdigest():
-        raise ValueError(f'{directory} holds a comparison of other data or settings; choose another directory or remove that one')
+        raise ValueError(f'{directory} holds a comparison of other data or settings; choose another directory or '
+                         f'remove that one')
     with writing(card) as tmp: tmp.write_text(json.dumps(dict(digest=h.hexdigest(), **settings), indent=1))
     return directory
 
@@ -828,7 +912,9 @@ def _judge(series, lead, model, options, settings, out):
     "Train one model for one lead; (n,) errors and seconds, from disk if they are there."
     if out and (out/'errors.npz').exists():
         with np.load(out/'errors.npz') as f: asked, e, seconds = str(f['options']), f['rmsd'], float(f['seconds'])
-        if asked != json.dumps(options): raise ValueError(f'{out} was made with options {asked}, now they are {json.dumps(options)}; choose another directory or remove that one')
+        if asked != json.dumps(options):
+            raise ValueError(f'{out} was made with options {asked}, now they are {json.dumps(options)}; choose '
+                             f'another directory or remove that one')
         return e, seconds
     began, problem = time.process_time(), forecasting_problem(series, lead, **settings)
     trained = forecaster(model, **options).fit(problem.train, problem.validation)
@@ -836,7 +922,8 @@ def _judge(series, lead, model, options, settings, out):
     seconds = time.process_time() - began
     if out:
         save_forecaster(trained, out)
-        with writing(out/'errors.npz') as tmp, open(tmp, 'wb') as f: np.savez(f, rmsd=e, seconds=seconds, options=json.dumps(options))
+        with writing(out/'errors.npz') as tmp, open(tmp, 'wb') as f:
+            np.savez(f, rmsd=e, seconds=seconds, options=json.dumps(options))
     return e, seconds
 
 # %% ../nbs/20_lstm_baseline.ipynb #sp20c
@@ -864,7 +951,8 @@ def plot_ratios(
     leads = sorted(optimum)
     for k, m in enumerate(m for m in models if (table.model == m).any()):
         r = table[table.model == m]
-        ax.errorbar(r.lead*step*1.03**(k - 2), r.over_static, r.over_static_se, fmt='o-', ms=3, lw=1, capsize=2, label=m)
+        ax.errorbar(r.lead*step*1.03**(k - 2), r.over_static, r.over_static_se, fmt='o-', ms=3, lw=1, capsize=2,
+                    label=m)
     ax.plot(np.array(leads)*step, [optimum[l] for l in leads], 'k--', lw=1, label=r'$\sqrt{(1+\rho)/2}$')
     ax.axhline(1, color='grey', lw=0.7)
     ax.set(xscale='log', xlabel='lead / ps', ylabel='RMSD over that of the static forecast')
@@ -898,7 +986,8 @@ def plot_errors(
     return ax
 
 # %% ../nbs/20_lstm_baseline.ipynb #f20b
-FLAWS = ('no superposition', 'no scaling', 'no skip connection', 'lead off by one', 'few steps', 'judged on training data')
+FLAWS = ('no superposition', 'no scaling', 'no skip connection', 'lead off by one', 'few steps', 'judged on training '
+         'data')
 
 def protocol_ratio(
     series: list, # (T, N, 3) nm per trajectory
@@ -908,9 +997,12 @@ def protocol_ratio(
     **options, # of `Network`
 ) -> float:
     "Error of an LSTM over that of the static forecast, under a protocol with the given flaws."
-    if unknown := set(flaws) - set(FLAWS): raise ValueError(f'{", ".join(unknown)}: not a known flaw; choose from {", ".join(FLAWS)}')
-    problem = forecasting_problem(series, lead + ('lead off by one' in flaws), align='no superposition' not in flaws, gap=gap)
-    options = dict(skip=None if 'no skip connection' in flaws else 'var', standardise='no scaling' not in flaws, **(dict(max_epochs=2) if 'few steps' in flaws else {})) | options
+    if unknown := set(flaws) - set(FLAWS):
+        raise ValueError(f'{", ".join(unknown)}: not a known flaw; choose from {", ".join(FLAWS)}')
+    problem = forecasting_problem(series, lead + ('lead off by one' in flaws), align='no superposition' not in flaws,
+                                  gap=gap)
+    options = dict(skip=None if 'no skip connection' in flaws else 'var', standardise='no scaling' not in flaws,
+                   **(dict(max_epochs=2) if 'few steps' in flaws else {})) | options
     model = Network(**options).fit(problem.train, problem.validation)
     judged = problem.train if 'judged on training data' in flaws else problem.test
     still = Static().fit(problem.train, problem.validation)
@@ -923,7 +1015,8 @@ def interval_half_widths(
     validation: Windows,
     coverage: float = 0.9, # share of truths inside
 ) -> np.ndarray: # (window, N, 3) nm
-    "Half width of the interval around each forecast coordinate: split conformal prediction, from the errors on frames the model was not fitted to."
+    """Half width of the interval around each forecast coordinate: split conformal prediction, from the errors on
+    frames the model was not fitted to."""
     e = np.abs(model.predict(validation) - validation.future)
     return np.quantile(e, min(1., np.ceil((len(e) + 1)*coverage)/len(e)), axis=0)
 
@@ -942,7 +1035,8 @@ def useful_lead(
 ) -> pd.Series: # model -> frames, 0 if never
     "The longest lead at which a model beats both the last frame and the mean by more than two bootstrap errors."
     for m in ('static', 'mean'):
-        if f'over_{m}' not in table: raise ValueError(f'the comparison has no model {m!r}, and useful means better than that; compare with it')
+        if f'over_{m}' not in table:
+            raise ValueError(f'the comparison has no model {m!r}, and useful means better than that; compare with it')
     good = table[(table.over_static + 2*table.over_static_se < 1) & (table.over_mean + 2*table.over_mean_se < 1)]
     return good.groupby('model').lead.max().reindex(dict.fromkeys(table.model), fill_value=0)
 
@@ -955,7 +1049,8 @@ def read_positions(
     periodic: bool = False, # make molecules whole across the box
     progress: bool = False,
 ) -> tuple: # list of float32 (T, N, 3) per file, nm; ps per kept frame
-    "Positions from files, read piece by piece. Raises `ValueError` naming file and frame for damaged ones, or ones with another spacing than the first."
+    """Positions from files, read piece by piece. Raises `ValueError` naming file and frame for damaged ones, or ones
+    with another spacing than the first."""
     if stride < 1: raise ValueError(f'stride={stride}; it must be at least 1')
     topology = load_topology(topology)
     index, kept, steps = _chosen(topology, atoms), [[] for _ in files], {}
@@ -966,7 +1061,8 @@ def read_positions(
         kept[k].append(piece.xyz[-seen[k] % stride::stride])
         seen[k] += len(piece)
     if odd := [k for k, s in steps.items() if abs(s - steps[min(steps)]) > 1e-3*s]:
-        raise ValueError(f'{files[odd[0]]}: {steps[odd[0]]:g} ps between frames, {files[min(steps)]} has {steps[min(steps)]:g}; forecast trajectories of one spacing at a time')
+        raise ValueError(f'{files[odd[0]]}: {steps[odd[0]]:g} ps between frames, {files[min(steps)]} has '
+                         f'{steps[min(steps)]:g}; forecast trajectories of one spacing at a time')
     return [np.concatenate(x) for x in kept], steps[min(steps)] if steps else float(stride)
 
 # %% ../nbs/20_lstm_baseline.ipynb #z20b
@@ -979,10 +1075,15 @@ def write_report(
     import matplotlib.pyplot as plt
     directory, table = Path(directory), comparison.table()
     directory.mkdir(parents=True, exist_ok=True)
-    with writing(directory/'forecast.csv') as tmp: table.assign(lead_ps=table.lead*step).to_csv(tmp, index=False, float_format='%.6g')
-    figures = {'ratios.png': plot_ratios(table, comparison.optimum, step, [m for m in comparison.models if m not in ('static', 'linear')]).figure}
-    fig, axes = plt.subplots(1, len(comparison.leads), figsize=(3.5*len(comparison.leads), 3), layout='constrained', squeeze=False)
-    for ax, l in zip(axes[0], comparison.leads): plot_errors({m: comparison.errors[l, m] for m in comparison.models if m in ('static', 'ar', *NETWORKS)}, f'lead {l*step:g} ps', ax)
+    with writing(directory/'forecast.csv') as tmp:
+        table.assign(lead_ps=table.lead*step).to_csv(tmp, index=False, float_format='%.6g')
+    figures = {'ratios.png': plot_ratios(table, comparison.optimum, step,
+                                         [m for m in comparison.models if m not in ('static', 'linear')]).figure}
+    fig, axes = plt.subplots(1, len(comparison.leads), figsize=(3.5*len(comparison.leads), 3), layout='constrained',
+                             squeeze=False)
+    for ax, l in zip(axes[0], comparison.leads):
+        plot_errors({m: comparison.errors[l, m] for m in comparison.models if m in ('static', 'ar', *NETWORKS)},
+                    f'lead {l*step:g} ps', ax)
     for name, f in (figures | {'errors.png': fig}).items():
         with writing(directory/name) as tmp: f.savefig(tmp, dpi=150, format='png')
         plt.close(f)

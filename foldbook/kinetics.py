@@ -23,7 +23,9 @@ def units(
     resample: str = 'cycles', # A to B to A, or 'trajectories'
 ) -> list: # int64 (T,) per trajectory: number of the unit of each frame
     "Number the independent parts of an ensemble; an incomplete end of a trajectory is a part of its own."
-    if resample not in ('cycles', 'trajectories'): raise ValueError(f"resample={resample!r} is not known; choose 'cycles' for long trajectories or 'trajectories' for many short ones")
+    if resample not in ('cycles', 'trajectories'):
+        raise ValueError(f"resample={resample!r} is not known; choose 'cycles' for long trajectories or "
+                         f"'trajectories' for many short ones")
     found, first = [], 0
     for s in check_states(states, both=False):
         new = np.zeros(len(s), np.int64)
@@ -52,13 +54,16 @@ def bootstrap(
     w, n = np.concatenate(check_weights(weights, [len(s) for s in states])), unit[-1] + 1
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
     value, replicates = np.asarray(estimate(w)), [estimate(w * d[unit]) for d in draws]
-    with np.errstate(invalid='ignore'): return Estimate(value, np.std(replicates, 0) if n_bootstrap and n > 1 else np.full_like(value, np.nan))
+    with np.errstate(invalid='ignore'):
+        return Estimate(value, np.std(replicates, 0) if n_bootstrap and n > 1 else np.full_like(value, np.nan))
 
 # %% ../nbs/44_kinetics.ipynb #7fc67aee
 def _flux_terms(r, states, flux):
     "One number per frame whose weighted sum is the number of transitions A to B."
     if flux == 'committor': return [np.append(np.diff(x) * (1 - x[:-1]), 0) for x in r]
-    if flux != 'counted': raise ValueError(f"flux={flux!r} is not known; choose 'counted' or, for short or weighted trajectories, 'committor'")
+    if flux != 'counted':
+        raise ValueError(f"flux={flux!r} is not known; choose 'counted' or, for short or weighted trajectories, "
+                         f"'committor'")
     return [np.isin(np.arange(len(s)), _departures(s)[0]).astype(float) for s in states]
 
 # %% ../nbs/44_kinetics.ipynb #1ffc563b
@@ -73,17 +78,22 @@ def rates(
     n_bootstrap: int = 100,
     seed: int = 0,
 ):
-    "Pandas table of transitions per time `j`, `mfpt_ab`, `mfpt_ba` and `mtpt` with errors (Krivov 2013, 2018); raises `ValueError` if no transition is found."
+    """Pandas table of transitions per time `j`, `mfpt_ab`, `mfpt_ba` and `mtpt` with errors (Krivov 2013, 2018);
+    raises `ValueError` if no transition is found."""
     import pandas as pd
     r, states = check_coordinate(r, states, both=False)
     back = [1 - x for x in r] if backward is None else check_coordinate(backward, states, both=False)[0]
     one = [np.append(np.ones(len(x) - 1), 0) for x in r] # frames that start a step
-    terms = np.stack([np.concatenate(t) for t in (_flux_terms(r, states, flux), one, [b * o for b, o in zip(back, one)], [b * x * o for b, x, o in zip(back, r, one)])])
+    terms = np.stack([np.concatenate(t) for t in (_flux_terms(r, states, flux), one, [b * o for b, o in zip(back, one)],
+                                                  [b * x * o for b, x, o in zip(back, r, one)])])
     def estimate(w):
         n, total, from_a, on_path = terms @ w
-        with np.errstate(divide='ignore', invalid='ignore'): return np.array([n / total / spacing, *(spacing * np.array([from_a, total - from_a, on_path]) / n)])
+        with np.errstate(divide='ignore', invalid='ignore'):
+            return np.array([n / total / spacing, *(spacing * np.array([from_a, total - from_a, on_path]) / n)])
     found = bootstrap(estimate, states, weights, resample, n_bootstrap, seed)
-    if not found.value[0] > 0: raise ValueError('no transition A to B was found; use longer trajectories, wider states, or flux="committor" with a committor that leaves A')
+    if not found.value[0] > 0:
+        raise ValueError('no transition A to B was found; use longer trajectories, wider states, or flux="committor" '
+                         'with a committor that leaves A')
     return pd.DataFrame({'value': found.value, 'se': found.se}, ['j', 'mfpt_ab', 'mfpt_ba', 'mtpt'])
 
 # %% ../nbs/44_kinetics.ipynb #60963f3b
@@ -111,9 +121,11 @@ def cuts(
     line, windows = np.concatenate(r), np.concatenate([np.arange(len(x)) < len(x) - lag for x in r])
     if not windows.any(): raise ValueError(f'lag={lag}: the longest trajectory has {max(map(len, r))} frames')
     edges = np.linspace(line.min(), line.max(), n_bins + 1) if np.ndim(n_bins) == 0 else np.asarray(n_bins, float)
-    profile = lambda w, alpha: cut_profile([line], lag, alpha, [w * windows], edges)[1][:-1] # Z just below edges[1:]; nothing crosses the last
+    # Z just below edges[1:]; nothing crosses the last
+    profile = lambda w, alpha: cut_profile([line], lag, alpha, [w * windows], edges)[1][:-1]
     samples = []
-    bootstrap(lambda w: samples.append((np.stack([profile(w, a) for a in (-1, 0, 1)]), w @ windows / lag)) or 0., states, weights, resample, n_bootstrap, seed)
+    bootstrap(lambda w: samples.append((np.stack([profile(w, a) for a in (-1, 0, 1)]), w @ windows / lag)) or 0.,
+              states, weights, resample, n_bootstrap, seed)
     return Cuts(edges[1:-1], *map(np.array, zip(*samples)), lag * spacing)
 
 # %% ../nbs/44_kinetics.ipynb #943878eb
@@ -188,7 +200,8 @@ def diffusive_committor(
     high: float, # B is x >= high
 ) -> Curve: # probability of B
     "Committor of the one-dimensional diffusive model between two levels (Krivov 2013)."
-    if not c.x[0] <= low < high <= c.x[-1]: raise ValueError(f'low={low}, high={high}: the levels reach from {c.x[0]:.3g} to {c.x[-1]:.3g}')
+    if not c.x[0] <= low < high <= c.x[-1]:
+        raise ValueError(f'low={low}, high={high}: the levels reach from {c.x[0]:.3g} to {c.x[-1]:.3g}')
     return _curve(c, lambda z, n: (R := _resistance(c, z, low, high)) / R[-1])
 
 # %% ../nbs/44_kinetics.ipynb #f96911ed

@@ -43,7 +43,8 @@ class Limits:
 
     def excesses(self, xyz) -> dict: # (F,) nm each
         "How far frames are out of bounds, in all."
-        out = {k: ((low - v).clamp_min(0) + (v - high).clamp_min(0)).sum(1) for (k, v), (low, high) in zip(self.lengths(xyz).items(), self.ranges.values())}
+        out = {k: ((low - v).clamp_min(0) + (v - high).clamp_min(0)).sum(1)
+               for (k, v), (low, high) in zip(self.lengths(xyz).items(), self.ranges.values())}
         near = torch.cdist(xyz, xyz).masked_fill(~self.apart, torch.inf)
         return out | dict(clashes=(self.closest - near).clamp_min(0).sum((1, 2))/2)
 
@@ -88,7 +89,8 @@ class Run:
         t.time = np.arange(1, len(t) + 1)*self.lag_ps
         return t
 
-def jump(propagator, name, x, lag, generator, bounds, tries): # (M, K), how many were drawn again, how many are still out
+# (M, K), how many were drawn again, how many are still out
+def jump(propagator, name, x, lag, generator, bounds, tries):
     y = propagator.sample(name, x, lag, generator)
     if bounds is None: return y, 0, 0
     excess = lambda v: sum(bounds.excesses(to_positions(propagator.motions[name], v)).values())
@@ -120,7 +122,9 @@ def run(
 ) -> Run:
     "Replicas side by side. Raises `ValueError` where `directory` holds another run."
     m, lag = propagator.motions[name], propagator._pick(name, lag)[2]
-    lag_ps, pieces = lag*propagator.step, _Pieces(directory, name, dict(n_frames=n_frames, lag=lag, seed=seed, tries=tries, piece=piece, bounds=bounds is not None, start=_digest(start)))
+    lag_ps, pieces = lag*propagator.step, _Pieces(directory, name,
+                                                  dict(n_frames=n_frames, lag=lag, seed=seed, tries=tries, piece=piece,
+                                                       bounds=bounds is not None, start=_digest(start)))
     with _Bar(name, n_frames, pieces.done, lag_ps*len(start), progress) as bar:
         x = pieces.last if pieces.done else start
         for first in range(pieces.done, n_frames, piece):
@@ -130,10 +134,13 @@ def run(
                 frames.append(x)
                 counts += (len(x), *c)
                 bar.update()
-            if not torch.isfinite(x).all(): raise ValueError(f'{name}: replica {int((~torch.isfinite(x)).any(1).nonzero()[0])} is not a number after frame {first}; train with a lower learning rate')
+            if not torch.isfinite(x).all():
+                raise ValueError(f'{name}: replica {int((~torch.isfinite(x)).any(1).nonzero()[0])} is not a number '
+                                 f'after frame {first}; train with a lower learning rate')
             pieces.add(torch.stack(frames, 1), counts)
     series = pieces.series()
-    made = Run(Motion(m.chain, list(series), lag_ps, m.tree, m.poses), lag_ps, pd.DataFrame(pieces.counts, columns=['jumps', 'drawn again', 'out of bounds']))
+    made = Run(Motion(m.chain, list(series), lag_ps, m.tree, m.poses), lag_ps,
+               pd.DataFrame(pieces.counts, columns=['jumps', 'drawn again', 'out of bounds']))
     if directory: pieces.finish(made)
     return made
 
@@ -147,12 +154,18 @@ class _Pieces: # of a run, in memory or in a directory
         if not self.directory: return
         self.parts = self.directory/f'{name}.parts'
         for about in (self.directory/f'{name}.json', self.parts/'task.json'):
-            if about.exists() and (was := json.loads(about.read_text())['task']) != task: raise ValueError(f'{directory} holds another run of {name} ({", ".join(k for k in task if was.get(k) != task[k])} differ); delete it or choose another output')
-        if (self.directory/f'{name}.json').exists(): raise ValueError(f'{directory} holds this run of {name}, finished; delete it to run again')
+            if about.exists() and (was := json.loads(about.read_text())['task']) != task:
+                raise ValueError(f'{directory} holds another run of {name} '
+                                 f'({", ".join(k for k in task if was.get(k) != task[k])} differ); delete it or '
+                                 f'choose another output')
+        if (self.directory/f'{name}.json').exists():
+            raise ValueError(f'{directory} holds this run of {name}, finished; delete it to run again')
         self.parts.mkdir(parents=True, exist_ok=True)
         with writing(self.parts/'task.json') as tmp: tmp.write_text(json.dumps(dict(task=task)))
         for f in sorted(self.parts.glob('*.npz')):
-            with np.load(f, allow_pickle=False) as z: self.arrays.append(torch.from_numpy(z['x'])); self.counts.append(z['counts'])
+            with np.load(f, allow_pickle=False) as z:
+                self.arrays.append(torch.from_numpy(z['x']))
+                self.counts.append(z['counts'])
     @property
     def done(self): return sum(a.shape[1] for a in self.arrays)
     @property
@@ -160,14 +173,21 @@ class _Pieces: # of a run, in memory or in a directory
     def series(self): return torch.cat(self.arrays, 1)
     def add(self, x, counts):
         if self.directory:
-            with writing(self.parts/f'{self.done:09d}.npz') as tmp, open(tmp, 'wb') as f: np.savez(f, x=x.numpy(), counts=counts)
-        self.arrays.append(x); self.counts.append(counts)
+            with writing(self.parts/f'{self.done:09d}.npz') as tmp, open(tmp, 'wb') as f:
+                np.savez(f, x=x.numpy(), counts=counts)
+        self.arrays.append(x)
+        self.counts.append(counts)
     def finish(self, made): # trajectories, structure, record; then the pieces go
-        frames = lambda k: ((i, made.motion.tree.trajectory(to_positions(made.motion, x)).xyz) for i, x in zip(range(0, len(made.motion.series[k]), 500), made.motion.series[k].split(500)))
+        frames = lambda k: ((i, made.motion.tree.trajectory(to_positions(made.motion, x)).xyz)
+            for i, x in zip(range(0, len(made.motion.series[k]), 500), made.motion.series[k].split(500)))
         for k in range(len(made.motion.series)):
-            with writing(self.directory/f'{self.name}-{k}.xtc') as tmp: _write_xtc(tmp, None, frames(k), made.lag_ps, '')
-        with writing(self.directory/f'{self.name}.pdb') as tmp: made.motion.tree.trajectory(made.motion.tree.positions).save_pdb(str(tmp))
-        with writing(self.directory/f'{self.name}.json') as tmp: tmp.write_text(json.dumps(dict(task=self.task, lag_ps=made.lag_ps, valid=made.valid, **made.out.sum().astype(int).to_dict())))
+            with writing(self.directory/f'{self.name}-{k}.xtc') as tmp:
+                _write_xtc(tmp, None, frames(k), made.lag_ps, '')
+        with writing(self.directory/f'{self.name}.pdb') as tmp:
+            made.motion.tree.trajectory(made.motion.tree.positions).save_pdb(str(tmp))
+        with writing(self.directory/f'{self.name}.json') as tmp:
+            tmp.write_text(json.dumps(dict(task=self.task, lag_ps=made.lag_ps, valid=made.valid,
+                                           **made.out.sum().astype(int).to_dict())))
         shutil.rmtree(self.parts)
 
 # %% ../nbs/33_propagation.ipynb #c33a
@@ -176,7 +196,8 @@ def shapes(
     every: int = 10, # frames
 ) -> tuple: # radii of gyration nm, RMSD of heavy atoms nm; a list with (F,) per trajectory each
     "Of positions rebuilt from what is propagated; RMSD from the structure of the tree."
-    trajectories, first = [m.tree.trajectory(to_positions(m, x[::every])) for x in m.series], m.tree.trajectory(m.tree.positions)
+    trajectories, first = [m.tree.trajectory(to_positions(m, x[::every]))
+                           for x in m.series], m.tree.trajectory(m.tree.positions)
     return [md.compute_rg(t) for t in trajectories], [md.rmsd(t, first) for t in trajectories]
 
 def evaluate(
@@ -192,11 +213,14 @@ def evaluate(
     n, first = max(len(x) for m in runs.values() for x in m.series), next(iter(runs.values()))
     frames = np.concatenate(reference.torsions)
     starts = frames[np.linspace(0, len(frames) - 1, len(first.series)).astype(int)]
-    table = judge.table({'molecular dynamics': train.torsions} | {k: m.torsions for k, m in runs.items()} | controls(train.torsions, starts, n, seed))
+    table = judge.table({'molecular dynamics': train.torsions} | {k: m.torsions for k, m in runs.items()}
+                        | controls(train.torsions, starts, n, seed))
     other = shapes(reference)
     for name, m in {'molecular dynamics': train, **runs}.items():
         for title, a, b in zip(('gyration', 'rmsd'), shapes(m), other): table.loc[name, title] = scalar_distance(a, b)
-        if bounds: table.loc[name, 'valid'] = float((sum(bounds.excesses(to_positions(m, torch.cat(m.series)[::10])).values()) == 0).double().mean())
+        if bounds:
+            table.loc[name, 'valid'] = float((sum(bounds.excesses(to_positions(m, torch.cat(m.series)[::10])).values())
+                                              == 0).double().mean())
     return table[[c for c in table if c != 'fault'] + ['fault']]
 
 # %% ../nbs/33_propagation.ipynb #d33a
@@ -227,8 +251,11 @@ def compare(
     made = run(propagator, name, starts, n_frames, bounds=bounds, seed=seed)
     runs = {'propagator': made.motion, 'best line': line_run(propagator, name, starts, min(n_frames, 2000), seed)}
     table = evaluate(runs, train, test, lag, bounds)
-    tenths = lambda m: [round(float(np.concatenate([r[i*len(r)//10:(i + 1)*len(r)//10] for r in shapes(m)[0]]).mean()), 4) for i in range(10)]
-    return dict(table=table.astype(object).where(table.notna(), None).to_dict('index'), run=made.out.sum().astype(int).to_dict(), gyration={k: tenths(m) for k, m in {'molecular dynamics': test, **runs}.items()})
+    tenths = lambda m: [round(float(np.concatenate([r[i*len(r)//10:(i + 1)*len(r)//10] for r in shapes(m)[0]]).mean()),
+                              4) for i in range(10)]
+    return dict(table=table.astype(object).where(table.notna(), None).to_dict('index'),
+                run=made.out.sum().astype(int).to_dict(),
+                gyration={k: tenths(m) for k, m in {'molecular dynamics': test, **runs}.items()})
 
 # %% ../nbs/33_propagation.ipynb #h33c
 def plot_gyration(results: dict, # name -> as `compare` returns it
@@ -237,7 +264,8 @@ def plot_gyration(results: dict, # name -> as `compare` returns it
     import matplotlib.pyplot as plt
     axes = plt.figure(figsize=(4*len(names), 2.8), layout='constrained').subplots(1, len(names), squeeze=False)[0]
     for a, name in zip(axes, names):
-        for k, (label, y) in enumerate(results[name]['gyration'].items()): a.plot(np.arange(5, 100, 10), y, 'o-', ms=3, color='black' if k == 0 else f'C{k - 1}', label=label)
+        for k, (label, y) in enumerate(results[name]['gyration'].items()):
+            a.plot(np.arange(5, 100, 10), y, 'o-', ms=3, color='black' if k == 0 else f'C{k - 1}', label=label)
         a.set(title=name, xlabel='part of the trajectory / %')
     axes[0].set_ylabel('radius of gyration / nm')
     axes[0].legend(fontsize=8)

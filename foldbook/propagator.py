@@ -57,7 +57,9 @@ class Chain:
     def flat(self, table): return table.flatten(-2)[..., self.used] # (..., T, 11) -> (..., K)
     def minus(self, a, b): return torch.where(self.circular, wrap(a - b), a - b) # the short way from b to a
     def plus(self, a, d): return torch.where(self.circular, wrap(a + d), a + d)
-    def to(self, device): return self if self.mask.device == torch.device(device) else Chain(*(getattr(self, k).to(device) for k in ('kinds', 'places', 'segments', 'mask', 'circular')))
+    def to(self, device):
+        return self if self.mask.device == torch.device(device) else Chain(*(getattr(self, k).to(device)
+            for k in ('kinds', 'places', 'segments', 'mask', 'circular')))
 
 # %% ../nbs/31_propagator.ipynb #a31c
 def chain_of(tree: Tree) -> Chain:
@@ -68,7 +70,8 @@ def chain_of(tree: Tree) -> Chain:
     pose[:, :POSE] = True
     mask, circular = torch.cat([l.mask, pose]), torch.ones(len(l.mask) + S - 1, len(ANGLES), dtype=torch.bool)
     circular[len(l.mask):, 3:] = False
-    return Chain(torch.cat([l.types, more(len(KINDS))]), torch.cat([l.positions, more(0)]), torch.cat([l.chains, torch.arange(1, S)]), mask, circular[mask])
+    return Chain(torch.cat([l.types, more(len(KINDS))]), torch.cat([l.positions, more(0)]),
+                 torch.cat([l.chains, torch.arange(1, S)]), mask, circular[mask])
 
 # %% ../nbs/31_propagator.ipynb #a31d
 @dataclass(frozen=True, eq=False)
@@ -84,9 +87,11 @@ class Motion:
     def part(self, *which): # trajectories by number
         return Motion(self.chain, [self.series[i] for i in which], self.step, self.tree, self.poses)
     def cut(self, begin, end): # shares of each trajectory
-        return Motion(self.chain, [x[int(begin*len(x)):int(end*len(x))] for x in self.series], self.step, self.tree, self.poses)
+        return Motion(self.chain, [x[int(begin*len(x)):int(end*len(x))] for x in self.series], self.step, self.tree,
+                      self.poses)
     @cached_property
-    def anchors(self): return torch.as_tensor(anchors(self.tree).T) # (3, S), found once: positions are built in every jump
+    # (3, S), found once: positions are built in every jump
+    def anchors(self): return torch.as_tensor(anchors(self.tree).T)
     @cached_property
     def segment(self): return torch.as_tensor(self.tree.segment[self.tree.residue]) # (A,)
     @property
@@ -100,7 +105,8 @@ def anchors(tree: Tree) -> np.ndarray: # (S, 3) atoms
     "N, CA and C of the residue in the middle of each segment."
     found = []
     for s in tree.segments:
-        whole = [i for i in range(len(s) - 2) if tree.names[s[i]] == 'N' and tree.residue[s[i]] == tree.residue[s[i + 2]]]
+        whole = [i for i in range(len(s) - 2) if tree.names[s[i]] == 'N'
+                 and tree.residue[s[i]] == tree.residue[s[i + 2]]]
         i = min(whole, key=lambda i: abs(i + 1.5 - len(s)/2), default=0)
         found.append(s[i:i + 3])
     return np.array(found)
@@ -116,7 +122,9 @@ def to_columns(
     R, x = axes.permute(3, 2, 0, 1).numpy(), origins.permute(2, 1, 0).numpy() # (F, S, 3, 3), (F, S, 3)
     turn = np.einsum('fji,fsjk->fsik', R[:, 0], R[:, 1:]) # axes of each segment seen from the first
     shift = np.einsum('fji,fsj->fsi', R[:, 0], x[:, 1:] - x[:, :1])
-    if poses is None: poses = np.array([Rotation.from_matrix(turn[:, s]).mean().as_matrix() for s in range(turn.shape[1])]).reshape(-1, 3, 3), shift.mean(0)
+    if poses is None:
+        poses = np.array([Rotation.from_matrix(turn[:, s]).mean().as_matrix()
+                          for s in range(turn.shape[1])]).reshape(-1, 3, 3), shift.mean(0)
     rows = np.zeros((len(x), turn.shape[1], len(ANGLES)))
     for s in range(turn.shape[1]): rows[:, s, :3] = Rotation.from_matrix(poses[0][s].T @ turn[:, s]).as_rotvec()
     rows[..., 3:POSE] = (shift - poses[1])/SHIFT
@@ -131,8 +139,11 @@ def to_positions(
     table, tree, put = motion.chain.table(x.double()), motion.tree, lambda v: torch.as_tensor(v, device=x.device)
     n, S, F = len(tree.residues), len(tree.segments), len(x)
     still = torch.eye(3, dtype=torch.float64, device=x.device).expand(F, S, 3, 3)
-    r = to_cartesian(tree, Internals('default', still[..., 0]*0, still, table[:, :n])) # each segment in a frame of its own
-    origins, axes = (v.permute(*range(v.ndim)[::-1]) for v in segment_frames(r.permute(2, 1, 0)[:, put(motion.anchors)])) # (F, S, 3), (F, S, 3, 3) transposed
+    # each segment in a frame of its own
+    r = to_cartesian(tree, Internals('default', still[..., 0]*0, still, table[:, :n]))
+    # (F, S, 3), (F, S, 3, 3) transposed
+    origins, axes = (v.permute(*range(v.ndim)[::-1])
+                     for v in segment_frames(r.permute(2, 1, 0)[:, put(motion.anchors)]))
     turn = torch.cat([still[:, :1], put(motion.poses[0]) @ _rotation(table[:, n:, :3])], 1)
     shift = torch.cat([still[:, :1, 0]*0, put(motion.poses[1]) + SHIFT*table[:, n:, 3:POSE]], 1)
     segment = put(motion.segment)
@@ -148,12 +159,17 @@ def motion(
     trajectories: list, # of mdtraj.Trajectory with the same atoms
     like: Motion|None = None, # takes constants and mean poses from there; default those of these trajectories
 ) -> Motion:
-    "Trajectories as what is propagated. Raises `ValueError` where frames are not evenly spaced alike or not numbers, or the molecule is not that of `like`."
+    """Trajectories as what is propagated. Raises `ValueError` where frames are not evenly spaced alike or not
+    numbers, or the molecule is not that of `like`."""
     steps = np.concatenate([np.diff(t.time) for t in trajectories if len(t) > 1] or [[]])
     if not len(steps): raise ValueError('no trajectory has two frames; there is no motion to learn')
-    if np.ptp(steps) > 1e-2*steps.mean(): raise ValueError(f'frames are {steps.min():g} to {steps.max():g} ps apart; take trajectories of one even spacing')
+    if np.ptp(steps) > 1e-2*steps.mean():
+        raise ValueError(f'frames are {steps.min():g} to {steps.max():g} ps apart; take trajectories of one even '
+                         f'spacing')
     for k, t in enumerate(trajectories):
-        if (bad := ~np.isfinite(t.xyz).all((1, 2))).any(): raise ValueError(f'trajectory {k}, frame {int(bad.argmax())} has a coordinate that is not a number; cut it out')
+        if (bad := ~np.isfinite(t.xyz).all((1, 2))).any():
+            raise ValueError(f'trajectory {k}, frame {int(bad.argmax())} has a coordinate that is not a number; cut '
+                             f'it out')
     tree = _tree_of(trajectories, like)
     xyz = [tree.coordinates(t) for t in trajectories]
     poses = like.poses if like else to_columns(tree, torch.cat(xyz))[1]
@@ -162,7 +178,9 @@ def motion(
 def _tree_of(trajectories, like): # constants are means over 200 frames
     tree = read_tree(trajectories[0][0])
     if like:
-        if tree.names != like.tree.names or len(tree.segments) != len(like.tree.segments): raise ValueError(f'the trajectories hold {tree}, and {like.tree} is needed: another molecule, or other atoms of it')
+        if tree.names != like.tree.names or len(tree.segments) != len(like.tree.segments):
+            raise ValueError(f'the trajectories hold {tree}, and {like.tree} is needed: another molecule, or other '
+                             f'atoms of it')
         return replace(tree, constants=like.tree.constants)
     every = max(1, sum(map(len, trajectories))//200)
     return tree.measured(torch.cat([tree.coordinates(t[::every]) for t in trajectories]))
@@ -180,14 +198,17 @@ class Start:
     @cached_property
     def width(self): return self.root.square().sum(1).sqrt() # (K,) of the noise
     @cached_property
-    def log_volume(self): return torch.linalg.slogdet(self.unroot.double())[1] # of the inverse root, asked for in every step of training
+    # of the inverse root, asked for in every step of training
+    def log_volume(self): return torch.linalg.slogdet(self.unroot.double())[1]
     def predict(self, chain, x): return self.mean + chain.minus(x, self.mean) @ self.step # (B, K), not wrapped
-    def to(self, device): return Start(*(getattr(self, k).to(device) for k in ('mean', 'spread', 'step', 'root', 'unroot')))
+    def to(self, device):
+        return Start(*(getattr(self, k).to(device) for k in ('mean', 'spread', 'step', 'root', 'unroot')))
     def log_density(self, chain, x, y): # (B,) nats, wrapped tails left out
         w = chain.minus(y, self.predict(chain, x)) @ self.unroot.T
         return -0.5*(w.square() + np.log(2*np.pi)).sum(-1) + self.log_volume.to(w)
     def sample(self, chain, x, generator=None):
-        return chain.plus(self.predict(chain, x), torch.randn(x.shape, generator=generator, device=x.device) @ self.root.T)
+        return chain.plus(self.predict(chain, x), torch.randn(x.shape, generator=generator, device=x.device)
+                          @ self.root.T)
 
 # %% ../nbs/31_propagator.ipynb #b31b
 def pairs(series: list, lag: int) -> tuple: # (N, K), (N, K)
@@ -246,32 +267,39 @@ class Trunk(nn.Module):
     "Tokens to vectors: what the heads read."
     def __init__(self, inputs: int, width: int = 64, layers: int = 2, heads: int = 4):
         super().__init__()
-        self.read, self.kind, self.lag = nn.Linear(inputs, width), nn.Embedding(len(KINDS) + 1, width), nn.Linear(1, width)
+        self.read, self.kind, self.lag = nn.Linear(inputs, width), nn.Embedding(len(KINDS) + 1, width), nn.Linear(1,
+                                                                                                                  width)
         self.attend = nn.ModuleList([RotaryAttention(width, heads) for _ in range(layers)])
-        self.mix = nn.ModuleList([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2*width), nn.SiLU(), nn.Linear(2*width, width)) for _ in range(layers)])
+        self.mix = nn.ModuleList([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2*width), nn.SiLU(),
+                                                nn.Linear(2*width, width)) for _ in range(layers)])
         self.norms, self.last = nn.ModuleList([nn.LayerNorm(width) for _ in range(layers)]), nn.LayerNorm(width)
 
     def forward(self, inputs, chain, lag): # (B, T, inputs), (B, 1) frames -> (B, T, width)
         h = self.read(inputs) + self.kind(chain.kinds) + self.lag(torch.log(lag))[:, None]
-        for norm, attend, mix in zip(self.norms, self.attend, self.mix): h = h + attend(norm(h), chain); h = h + mix(h)
+        for norm, attend, mix in zip(self.norms, self.attend, self.mix):
+            h = h + attend(norm(h), chain)
+            h = h + mix(h)
         return self.last(h)
 
 def seen(chain, start, x): # (B, K) -> (B, T, 33): how a network sees columns
     circle = chain.circular*1.0
-    return torch.cat([chain.table(v) for v in (x.cos()*circle, x.sin()*circle, (chain.minus(x, start.mean)/start.spread).clamp(-5, 5))], -1)
+    return torch.cat([chain.table(v) for v in (x.cos()*circle, x.sin()*circle,
+                                               (chain.minus(x, start.mean)/start.spread).clamp(-5, 5))], -1)
 
 # %% ../nbs/31_propagator.ipynb #d31a
 class Density(nn.Module):
     "Gaussian jump whose mean and covariance depend on the structure."
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4, rank: int = 4):
         super().__init__()
-        self.rank, self.trunk, self.head = rank, Trunk(3*len(ANGLES), width, layers, heads), nn.Linear(width, len(ANGLES)*(2 + rank))
+        self.rank, self.trunk, self.head = rank, Trunk(3*len(ANGLES), width, layers, heads), nn.Linear(width,
+            len(ANGLES)*(2 + rank))
         nn.init.zeros_(self.head.weight)
         nn.init.normal_(self.head.bias, std=0.03) # a saddle is left by a push
         with torch.no_grad(): self.head.bias.unflatten(0, (len(ANGLES), -1))[:, :2] = 0
 
     def forward(self, chain, start, x, lag): # (B, K) -> mean (B, K), scale (B, K), directions (B, K, r)
-        o = self.head(self.trunk(seen(chain, start, x), chain, lag)).unflatten(-1, (len(ANGLES), -1)).flatten(1, 2)[:, chain.used]
+        o = self.head(self.trunk(seen(chain, start, x), chain, lag)).unflatten(-1, (len(ANGLES), -1)).flatten(1, 2)[:,
+            chain.used]
         return start.predict(chain, x) + start.width*o[..., 0], (2*torch.tanh(o[..., 1]/2)).exp(), o[..., 2:]
 
     def white(self, chain, start, x, y, lag): # (B, K) what is left over, and what made it
@@ -282,7 +310,8 @@ class Density(nn.Module):
         w, scale, G = self.white(chain, start, x, y, lag)
         M = torch.eye(self.rank, device=x.device) + G.mT @ G
         inside = w.square().sum(-1) - ((c := G.mT @ w[..., None]) * torch.linalg.solve(M, c)).sum((-2, -1))
-        return -0.5*(inside + torch.logdet(M) + w.shape[-1]*np.log(2*np.pi)) + start.log_volume.to(w) - scale.log().sum(-1)
+        return -0.5*(inside + torch.logdet(M)
+                     + w.shape[-1]*np.log(2*np.pi)) + start.log_volume.to(w) - scale.log().sum(-1)
 
 # %% ../nbs/31_propagator.ipynb #d31b
 def _sample(self, chain, start, x, lag, generator=None, noise=1.0): # (B, K)
@@ -298,7 +327,8 @@ class Flow(nn.Module):
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4):
         super().__init__()
         self.trunk, self.head = Trunk(7*len(ANGLES) + 8, width, layers, heads), nn.Linear(width, len(ANGLES))
-        nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, chain, start, at, x, lag, s): # at, x (B, K), s (B, 1) in 0..1 -> (B, K) in white units
         waves = torch.cos(torch.pi*s*torch.arange(1, 9, device=x.device))[:, None].expand(-1, len(chain.kinds), -1)
@@ -339,9 +369,12 @@ class Options:
     layers: int = 2
     heads: int = 4
     rank: int = 4 # directions of noise that depend on the structure
-    start: str = 'own' # 'own': a line for each molecule; 'typical': one for each kind of residue, so that other sequences can be run
+    # 'own': a line for each molecule; 'typical': one for each kind of residue, so that other sequences can be run
+    start: str = 'own'
     lags: tuple = (1,) # frames
-    steps: int = 2000 # of each network, at most; held-out frames are looked at every 100, and training ends where they have not gained eight times
+    # of each network, at most; held-out frames are looked at every 100, and training ends where they have not gained
+    # eight times
+    steps: int = 2000
     batch_size: int = 256
     learning_rate: float = 2e-3
     cartesian: float = 0.1 # weight of `distance_rates`, on the first 32 pairs of a batch
@@ -352,11 +385,13 @@ class Options:
 
     def __post_init__(self):
         self.lags = tuple(self.lags)
-        if self.start not in ('own', 'typical'): raise ValueError(f"start={self.start!r} is not known; choose 'own' or 'typical'")
+        if self.start not in ('own', 'typical'):
+            raise ValueError(f"start={self.start!r} is not known; choose 'own' or 'typical'")
         if not self.lags or min(self.lags) < 1: raise ValueError(f'lags={self.lags}: lags are frames, 1 or more')
         for name in ('width', 'layers', 'rank', 'steps', 'batch_size', 'flow_steps'):
             if getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}; it must be at least 1')
-        if self.width % (2*self.heads): raise ValueError(f'width={self.width}; a multiple of twice the heads ({2*self.heads}) is needed')
+        if self.width % (2*self.heads):
+            raise ValueError(f'width={self.width}; a multiple of twice the heads ({2*self.heads}) is needed')
 
 # %% ../nbs/31_propagator.ipynb #g31b
 @dataclass(eq=False)
@@ -366,12 +401,14 @@ class _Pairs: # all frames of one molecule, and which of them begin a pair at ea
     def __post_init__(self):
         self.x = torch.cat(self.motion.series)
         ends = np.cumsum([len(s) for s in self.motion.series])
-        left = torch.as_tensor(np.concatenate([np.arange(len(s))[::-1] for s in self.motion.series]).copy()) # frames to the end
+        # frames to the end
+        left = torch.as_tensor(np.concatenate([np.arange(len(s))[::-1] for s in self.motion.series]).copy())
         self.first = {lag: (left >= lag).nonzero()[:, 0] for lag in self.starts}
     def to(self, device):
         if self.x.device == torch.device(device): return self
         new = copy.copy(self)
-        new.x, new.first, new.starts = self.x.to(device), {k: v.to(device) for k, v in self.first.items()}, {k: s.to(device) for k, s in self.starts.items()}
+        new.x, new.first, new.starts = self.x.to(device), {k: v.to(device)
+            for k, v in self.first.items()}, {k: s.to(device) for k, s in self.starts.items()}
         new.motion = Motion(self.motion.chain.to(device), [], self.motion.step, self.motion.tree, self.motion.poses)
         return new
     def batch(self, lag, i): # what the losses take
@@ -380,7 +417,8 @@ class _Pairs: # all frames of one molecule, and which of them begin a pair at ea
 
 # %% ../nbs/31_propagator.ipynb #g31c
 class _Batches(IterableDataset): # (molecule, lag, places): molecules and lags in turn, places at random
-    def __init__(self, molecules, size, n, seed): self.molecules, self.size, self.n, self.rng = molecules, size, n, torch.Generator().manual_seed(seed)
+    def __init__(self, molecules, size, n, seed):
+        self.molecules, self.size, self.n, self.rng = molecules, size, n, torch.Generator().manual_seed(seed)
     def __len__(self): return self.n
     def __iter__(self):
         turns = [(k, lag) for k, m in enumerate(self.molecules) for lag in m.starts]
@@ -389,14 +427,16 @@ class _Batches(IterableDataset): # (molecule, lag, places): molecules and lags i
             yield k, lag, torch.randint(len(self.molecules[k].first[lag]), (self.size,), generator=self.rng)
 
 def _held_out(molecules, size=2048): # evenly spread, the same every time
-    return [(k, lag, torch.linspace(0, len(i) - 1, min(size, len(i))).long()) for k, m in enumerate(molecules) for lag, i in m.first.items()]
+    return [(k, lag, torch.linspace(0, len(i) - 1, min(size, len(i))).long()) for k, m in enumerate(molecules)
+            for lag, i in m.first.items()]
 
 # %% ../nbs/31_propagator.ipynb #g31d
 class _Learning(pl.LightningModule):
     "Lowers a loss; the best weights by held-out pairs are kept."
     def __init__(self, network, loss, train, held_out, options, total, advance):
         super().__init__()
-        self.network, self.loss, self.sets, self.options, self.total, self.advance = network, loss, (train, held_out), options, total, advance
+        self.network, self.loss, self.sets, self.options, self.total, self.advance = network, loss, (train,
+            held_out), options, total, advance
         self.best, self.rows, self.losses = (np.inf, None), [], []
     def on_fit_start(self): self.sets = tuple([m.to(self.device) for m in s] for s in self.sets)
     def training_step(self, batch, _):
@@ -407,32 +447,41 @@ class _Learning(pl.LightningModule):
     def validation_step(self, batch, _):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
             torch.manual_seed(0)
-            self.log('held_out', self.loss(self.network, *self.sets[1][batch[0]].batch(*batch[1:])), on_epoch=True, batch_size=1)
+            self.log('held_out', self.loss(self.network, *self.sets[1][batch[0]].batch(*batch[1:])), on_epoch=True,
+                     batch_size=1)
     def on_validation_epoch_end(self):
         loss = float(self.trainer.callback_metrics['held_out'])
-        self.rows.append(dict(step=self.global_step, train=float(torch.stack(self.losses).mean()) if self.losses else np.nan, held_out=loss))
+        self.rows.append(dict(step=self.global_step, train=float(torch.stack(self.losses).mean()) if self.losses
+                              else np.nan, held_out=loss))
         self.losses.clear()
         if loss < self.best[0]: self.best = loss, copy.deepcopy(self.network.state_dict())
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.network.parameters(), self.options.learning_rate, weight_decay=1e-4)
-        return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, self.options.learning_rate, self.total), interval='step'))
+        return dict(optimizer=optimizer,
+                    lr_scheduler=dict(scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer,
+                        self.options.learning_rate, self.total), interval='step'))
 
 # %% ../nbs/31_propagator.ipynb #g31e
-def _learn(network, loss, train, held_out, options, label, progress): # rows of losses; the network holds the best weights afterwards
+# rows of losses; the network holds the best weights afterwards
+def _learn(network, loss, train, held_out, options, label, progress):
     epochs = max(1, options.steps//100)
     n = options.steps//epochs
     with quiet(options.threads), tqdm(total=n*epochs, desc=label, unit='step', disable=not progress) as bar:
         torch.manual_seed(options.seed)
         learning = _Learning(network, loss, train, held_out, options, n*epochs, bar.update)
-        trainer = pl.Trainer(max_epochs=epochs, accelerator=options.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=-1,
+        trainer = pl.Trainer(max_epochs=epochs, accelerator=options.accelerator, devices=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=-1,
             gradient_clip_val=5.0, callbacks=[EarlyStopping('held_out', patience=8)])
-        trainer.fit(learning, DataLoader(_Batches(train, options.batch_size, n, options.seed), batch_size=None), DataLoader(_held_out(held_out), batch_size=None))
+        trainer.fit(learning, DataLoader(_Batches(train, options.batch_size, n, options.seed), batch_size=None),
+                    DataLoader(_held_out(held_out), batch_size=None))
     network.load_state_dict(learning.best[1])
     network.cpu()
     return learning.rows
 
 # %% ../nbs/31_propagator.ipynb #g31f
-def _density_loss(density, motion, start, x, y, lag): return -density.log_density(motion.chain, start, x, y, lag).mean()/x.shape[1] # nats a column
+# nats a column
+def _density_loss(density, motion, start, x, y, lag):
+    return -density.log_density(motion.chain, start, x, y, lag).mean()/x.shape[1]
 
 class _FlowLoss(nn.Module):
     "Mean square error of the velocity, in white units, and of the rates of distances."
@@ -446,9 +495,11 @@ class _FlowLoss(nn.Module):
         u = chain.minus(y, x0)
         at = chain.plus(x0, s*u)
         error = flow(chain, start, at, x, lag, s) - u @ start.unroot.T
-        return error.square().mean() + (self._rates(motion, start, at[:32], error[:32]) if self.cartesian and motion.tree else 0)
+        return error.square().mean() + (self._rates(motion, start, at[:32], error[:32])
+                                        if self.cartesian and motion.tree else 0)
 
-    def _rates(self, motion, start, at, error): # over those of white noise, so that the weight knows nothing of the goal
+    # over those of white noise, so that the weight knows nothing of the goal
+    def _rates(self, motion, start, at, error):
         with torch.no_grad(): unit = distance_rates(motion, at, torch.randn_like(at) @ start.root.T).square().mean()
         return self.cartesian*distance_rates(motion, at, error @ start.root.T).square().mean()/unit
 
@@ -459,24 +510,29 @@ def typical(
 ) -> dict: # mean, spread, step, noise: (kinds, 11), NaN where never seen
     "What columns do by kind of residue."
     sums = defaultdict(lambda: torch.zeros(len(KINDS) + 1, len(ANGLES), dtype=torch.float64))
-    add = lambda name, chain, values: sums[name].index_add_(0, chain.kinds, chain.table(values.double()).where(chain.mask, 0.0).double())
+    add = lambda name, chain, values: sums[name].index_add_(0, chain.kinds,
+        chain.table(values.double()).where(chain.mask, 0.0).double())
     for m in motions:
         X, n = pairs(m.series, lag)[0], m.chain
-        for name, v in dict(n=torch.ones_like(X), cos=X.cos()*n.circular, sin=X.sin()*n.circular, plain=X*~n.circular).items(): add(name, n, v.sum(0))
+        for name, v in dict(n=torch.ones_like(X), cos=X.cos()*n.circular, sin=X.sin()*n.circular,
+                            plain=X*~n.circular).items():
+            add(name, n, v.sum(0))
     mean = torch.atan2(sums['sin'], sums['cos']) + sums['plain']/sums['n']
     for m in motions:
         X, Y = pairs(m.series, lag)
         dx, dy = (m.chain.minus(v, m.chain.flat(mean[m.chain.kinds]).float()) for v in (X, Y))
         for name, v in dict(xx=dx*dx, xy=dx*dy, yy=dy*dy).items(): add(name, m.chain, v.sum(0))
     step = sums['xy']/sums['xx']
-    return dict(mean=mean, spread=(sums['xx']/sums['n']).sqrt(), step=step, noise=((sums['yy'] - step*sums['xy'])/sums['n']).clamp_min(1e-8).sqrt())
+    return dict(mean=mean, spread=(sums['xx']/sums['n']).sqrt(), step=step,
+                noise=((sums['yy'] - step*sums['xy'])/sums['n']).clamp_min(1e-8).sqrt())
 
 def typical_start(table: dict, chain: Chain) -> Start:
     "Raises `ValueError` for a kind of residue that no molecule of the training part has."
     v = {k: chain.flat(t[chain.kinds]).float() for k, t in table.items()}
     if (bad := ~torch.isfinite(v['noise'])).any():
         row = int(chain.used[int(bad.nonzero()[0])])//len(ANGLES)
-        raise ValueError(f'residue {row + 1}, {(*KINDS, "a second segment")[chain.kinds[row]]}: no molecule of the training part has this kind of residue there; train on one that has')
+        raise ValueError(f'residue {row + 1}, {(*KINDS, "a second segment")[chain.kinds[row]]}: no molecule of the '
+                         f'training part has this kind of residue there; train on one that has')
     return Start(v['mean'], v['spread'] + 1e-6, torch.diag(v['step']), torch.diag(v['noise']), torch.diag(1/v['noise']))
 
 # %% ../nbs/31_propagator.ipynb #h31b
@@ -493,7 +549,8 @@ class Propagator:
     ) -> 'Propagator':
         "Trains both networks. Raises `ValueError` where trajectories are too short or their steps differ."
         o = self.options
-        if held_out is None: train, held_out = ({k: m.cut(*part) for k, m in train.items()} for part in ((0, 0.8), (0.8, 1)))
+        if held_out is None:
+            train, held_out = ({k: m.cut(*part) for k, m in train.items()} for part in ((0, 0.8), (0.8, 1)))
         _check_motions(train, held_out, o.lags)
         self.step = next(iter(train.values())).step
         if o.start == 'typical': self.typical = {lag: typical(list(train.values()), lag) for lag in o.lags}
@@ -510,20 +567,25 @@ class Propagator:
 
     def adopt(self, name: str, motion: Motion) -> 'Propagator':
         "A molecule that was not trained on, with a typical start; its frames are not read."
-        if not self.typical: raise ValueError("start='own' knows only the molecules it was trained on; train with start='typical'")
+        if not self.typical:
+            raise ValueError("start='own' knows only the molecules it was trained on; train with start='typical'")
         self._add(name, motion, None)
         self.noise[name] = float(np.mean(list(self.noise.values())))
         return self
 
     def _add(self, name, m, held_out):
         self.motions[name] = Motion(m.chain, [], m.step, m.tree, m.poses)
-        self.starts[name] = {lag: typical_start(self.typical[lag], m.chain) if self.typical else linear_start(m, held_out, lag) for lag in self.options.lags}
+        self.starts[name] = {lag: typical_start(self.typical[lag], m.chain) if self.typical
+                             else linear_start(m, held_out, lag) for lag in self.options.lags}
 
 # %% ../nbs/31_propagator.ipynb #h31c
 def _pick(self, name, lag): # chain, start, lag
-    if name not in self.motions: raise ValueError(f'molecule {name!r} is not known; there are: {", ".join(self.motions)}; others are made known with adopt')
+    if name not in self.motions:
+        raise ValueError(f'molecule {name!r} is not known; there are: {", ".join(self.motions)}; others are made '
+                         f'known with adopt')
     lag = lag or self.options.lags[0]
-    if lag not in self.options.lags: raise ValueError(f'lag {lag}: trained for {", ".join(map(str, self.options.lags))} frames of {self.step:g} ps')
+    if lag not in self.options.lags:
+        raise ValueError(f'lag {lag}: trained for {", ".join(map(str, self.options.lags))} frames of {self.step:g} ps')
     return self.motions[name].chain, self.starts[name][lag], lag
 
 @torch.no_grad()
@@ -562,10 +624,15 @@ Propagator._calibrate = _calibrate
 def _check_motions(train, held_out, lags):
     if not train: raise ValueError('no molecule to learn from; give {name: motion}')
     steps = {k: m.step for k, m in train.items()}
-    if max(steps.values()) > 1.01*min(steps.values()): raise ValueError('frames are ' + ', '.join(f'{v:g} ps ({k})' for k, v in steps.items()) + ' apart; take one spacing for all molecules')
+    if max(steps.values()) > 1.01*min(steps.values()):
+        raise ValueError('frames are ' + ', '.join(f'{v:g} ps ({k})' for k, v in steps.items()) + ' apart; take one '
+                         'spacing for all molecules')
     for name, m in (*train.items(), *held_out.items()):
-        if max(map(len, m.series), default=0) <= max(lags): raise ValueError(f'{name}: the longest part has {max(map(len, m.series), default=0)} frames and the lag is {max(lags)}; give longer trajectories or a shorter lag')
-    if bad := set(train) - set(held_out): raise ValueError(f'{sorted(bad)[0]}: has no held-out frames; give some, or leave held_out to be cut off')
+        if max(map(len, m.series), default=0) <= max(lags):
+            raise ValueError(f'{name}: the longest part has {max(map(len, m.series), default=0)} frames and the lag '
+                             f'is {max(lags)}; give longer trajectories or a shorter lag')
+    if bad := set(train) - set(held_out):
+        raise ValueError(f'{sorted(bad)[0]}: has no held-out frames; give some, or leave held_out to be cut off')
 
 # %% ../nbs/31_propagator.ipynb #i31e
 def plot_jumps(centres: np.ndarray, # (n,) rad
@@ -573,11 +640,13 @@ def plot_jumps(centres: np.ndarray, # (n,) rad
                ax=None):
     "Transition matrices on a circle, side by side, in one colour scale."
     import matplotlib.pyplot as plt
-    axes = ax if ax is not None else plt.figure(figsize=(9, 2.8), layout='constrained').subplots(1, len(matrices), sharey=True)
+    axes = ax if ax is not None else plt.figure(figsize=(9, 2.8), layout='constrained').subplots(1, len(matrices),
+                                                                                                 sharey=True)
     degrees = np.degrees([centres[0], centres[-1]])
     for a, (name, M) in zip(axes, matrices.items()):
         density = M*len(centres)/360 # per degree
-        image = a.imshow(density.T, origin='lower', extent=[*degrees, *degrees], cmap='viridis', vmin=0, vmax=next(iter(matrices.values())).max()*len(centres)/360, interpolation='none')
+        image = a.imshow(density.T, origin='lower', extent=[*degrees, *degrees], cmap='viridis', vmin=0,
+                         vmax=next(iter(matrices.values())).max()*len(centres)/360, interpolation='none')
         a.set(title=name, xlabel='now / degrees')
     axes[0].set_ylabel('one frame later / degrees')
     axes[0].figure.colorbar(image, ax=axes, label='density / degree$^{-1}$')
@@ -602,21 +671,28 @@ def _save(self, directory: str|Path) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {f'{part}.{k}': v for part in ('density', 'flow') for k, v in getattr(self, part).state_dict().items()}
-    arrays |= {f'start.{n}.{lag}.{k}': getattr(s, k) for n, lags in self.starts.items() for lag, s in lags.items() for k in ('mean', 'spread', 'step', 'root', 'unroot')}
+    arrays |= {f'start.{n}.{lag}.{k}': getattr(s, k) for n, lags in self.starts.items() for lag, s in lags.items()
+               for k in ('mean', 'spread', 'step', 'root', 'unroot')}
     arrays |= {f'typical.{lag}.{k}': v for lag, t in self.typical.items() for k, v in t.items()}
     for n, m in self.motions.items():
         if not m.tree: raise ValueError(f'{n}: has no structure, and only molecules can be saved')
         with writing(directory/f'{n}.pdb') as tmp: m.tree.trajectory(m.tree.positions).save_pdb(str(tmp))
-        arrays |= {f'molecule.{n}.{k}': torch.as_tensor(v) for k, v in dict(positions=m.tree.positions, constants=m.tree.constants, rotations=m.poses[0], shifts=m.poses[1]).items()}
-    with writing(directory/'propagator.safetensors') as tmp: save_file({k: v.contiguous() for k, v in arrays.items()}, str(tmp))
-    with writing(directory/'propagator.json') as tmp: tmp.write_text(json.dumps(dict(options=asdict(self.options), step_ps=self.step, noise=self.noise, molecules=list(self.motions), history=self.history)))
+        arrays |= {f'molecule.{n}.{k}': torch.as_tensor(v)
+                   for k, v in dict(positions=m.tree.positions, constants=m.tree.constants, rotations=m.poses[0],
+                                    shifts=m.poses[1]).items()}
+    with writing(directory/'propagator.safetensors') as tmp:
+        save_file({k: v.contiguous() for k, v in arrays.items()}, str(tmp))
+    with writing(directory/'propagator.json') as tmp:
+        tmp.write_text(json.dumps(dict(options=asdict(self.options), step_ps=self.step, noise=self.noise,
+                                       molecules=list(self.motions), history=self.history)))
     return directory
 
 # %% ../nbs/31_propagator.ipynb #l31b
 def load_propagator(directory: str|Path) -> Propagator:
     "Raises `FileNotFoundError` where there is none."
     directory = Path(directory)
-    if not (directory/'propagator.json').exists(): raise FileNotFoundError(f'{directory}: holds no propagator; `foldbook propagate train` writes one')
+    if not (directory/'propagator.json').exists():
+        raise FileNotFoundError(f'{directory}: holds no propagator; `foldbook propagate train` writes one')
     about, arrays = json.loads((directory/'propagator.json').read_text()), load_file(str(directory/'propagator.safetensors'))
     p = Propagator(**about['options'])
     o, part = p.options, lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -48,7 +48,8 @@ class Motion:
     def __getitem__(self, frames): return replace(self, tokens=self.tokens[frames])
 
     @property
-    def internals(self): return from_paper_tokens(self.tree, add_positions(self.tokens.double(), -self.positions), self.reach)
+    def internals(self):
+        return from_paper_tokens(self.tree, add_positions(self.tokens.double(), -self.positions), self.reach)
     @property
     def angles(self) -> np.ndarray: # (F, K) rad
         "The angles that the residues have, in one row a frame."
@@ -68,14 +69,17 @@ def as_motion(
 ) -> Motion:
     "Tokens of a trajectory, each frame laid onto the first. Raises ValueError for frames unevenly spaced."
     spacing = np.diff(trajectory.time) if len(trajectory) > 1 else np.ones(1)
-    if np.ptp(spacing) > 1e-3*spacing.mean(): raise ValueError(f'{name}: frames are {spacing.min():g} to {spacing.max():g} ps apart; a propagator needs one spacing, so cut the trajectory at the gap')
+    if np.ptp(spacing) > 1e-3*spacing.mean():
+        raise ValueError(f'{name}: frames are {spacing.min():g} to {spacing.max():g} ps apart; a propagator needs one '
+                         f'spacing, so cut the trajectory at the gap')
     tree = tree or (t := read_tree(trajectory)).measured(t.coordinates(trajectory[::max(1, len(trajectory)//100)]))
     first = md.Trajectory((tree.positions - tree.positions.mean(0)).astype(np.float32)[None], tree.topology)
     ca = np.flatnonzero(np.array(tree.names) == 'CA')
     laid = tree.trajectory(tree.coordinates(trajectory)).superpose(first, atom_indices=ca, parallel=False)
     positions = position_angles(tree, width)
     tokens = paper_tokens(tree, to_internal(tree, laid.xyz.astype(float)), width, reach)
-    return Motion(name, tree, add_positions(tokens, positions).float(), positions, paper_mask(tree, width), float(spacing.mean()), reach)
+    return Motion(name, tree, add_positions(tokens, positions).float(), positions, paper_mask(tree, width),
+                  float(spacing.mean()), reach)
 
 # %% ../nbs/32_published_propagator.ipynb #b32a
 def single_chains(
@@ -100,8 +104,10 @@ class Drift(nn.Module):
     ):
         super().__init__()
         dense = lambda: nn.Sequential(nn.Linear(2*width, hidden), nn.LeakyReLU(), nn.Linear(hidden, 2*width))
-        layer = nn.TransformerEncoderLayer(2*width, heads, feedforward, dropout, functional.leaky_relu, batch_first=True)
-        self.before, self.after, self.layers = dense(), dense(), nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(2*width, heads, feedforward, dropout, functional.leaky_relu,
+                                           batch_first=True)
+        self.before, self.after, self.layers = dense(), dense(), nn.TransformerEncoder(layer, layers,
+                                                                                       enable_nested_tensor=False)
 
     def forward(self,
         tokens, # (B, N, 2L)
@@ -119,7 +125,8 @@ class Sentences(NamedTuple):
     mask: torch.Tensor # (P, N, 2L)
     padding: torch.Tensor | None # (P, N), True for a row that only fills up; None if all are of one length
 
-    def of(self, which): return self.positions[which], self.mask[which], None if self.padding is None else self.padding[which]
+    def of(self, which):
+        return self.positions[which], self.mask[which], None if self.padding is None else self.padding[which]
 
 def fill_up(x, rows): return functional.pad(x, (0, 0, 0, rows - x.shape[-2])) # (..., N, C) -> (..., rows, C)
 
@@ -127,7 +134,8 @@ def sentences(motions: list) -> Sentences:
     "Positions and masks of several proteins, filled up to the longest."
     n = [len(m.mask) for m in motions]
     padding = torch.arange(max(n)) >= torch.tensor(n)[:, None]
-    return Sentences(torch.stack([fill_up(m.positions, max(n)) for m in motions]).float(), torch.stack([fill_up(m.mask, max(n)) for m in motions]), padding if padding.any() else None)
+    return Sentences(torch.stack([fill_up(m.positions, max(n)) for m in motions]).float(),
+                     torch.stack([fill_up(m.mask, max(n)) for m in motions]), padding if padding.any() else None)
 
 # %% ../nbs/32_published_propagator.ipynb #d32a
 def step_errors(
@@ -174,9 +182,11 @@ class Options:
     progress: bool = True
 
     def __post_init__(self):
-        for name in ('hidden', 'feedforward', 'heads', 'layers', 'steps_ahead', 'per_protein', 'steps_per_epoch', 'max_epochs'):
+        for name in ('hidden', 'feedforward', 'heads', 'layers', 'steps_ahead', 'per_protein', 'steps_per_epoch',
+                     'max_epochs'):
             if getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}; it must be at least 1')
-        if not 0 < self.validation < 1: raise ValueError(f'validation={self.validation}; it is a share of each trajectory, between 0 and 1')
+        if not 0 < self.validation < 1:
+            raise ValueError(f'validation={self.validation}; it is a share of each trajectory, between 0 and 1')
 
 PAPER = dict(hidden=3200, feedforward=2048, heads=8) # with width=80: 3.58 million parameters
 
@@ -193,10 +203,12 @@ class _Windows(Dataset):
         return [(p, int(s)) for p, k in enumerate(self.starts) for s in np.linspace(0, k - 1, min(n, k))]
 
 class _Draws: # n windows of every protein in each batch, others in each epoch
-    def __init__(self, windows, n, batches, seed): self.windows, self.n, self.batches, self.rng = windows, n, batches, np.random.default_rng(seed)
+    def __init__(self, windows, n, batches, seed):
+        self.windows, self.n, self.batches, self.rng = windows, n, batches, np.random.default_rng(seed)
     def __len__(self): return self.batches
     def __iter__(self):
-        for _ in range(self.batches): yield [(p, int(s)) for p, k in enumerate(self.windows.starts) for s in self.rng.integers(0, k, self.n)]
+        for _ in range(self.batches):
+            yield [(p, int(s)) for p, k in enumerate(self.windows.starts) for s in self.rng.integers(0, k, self.n)]
 
 # %% ../nbs/32_published_propagator.ipynb #e32c
 class Learning(pl.LightningModule):
@@ -216,13 +228,15 @@ class Learning(pl.LightningModule):
     def validation_step(self, batch, _): self.log('validation', self.loss(batch), batch_size=len(batch[1]))
     def on_validation_epoch_end(self):
         loss = float(self.trainer.callback_metrics['validation'])
-        self.rows.append(dict(validation=loss, rate=self.optimizers().param_groups[0]['lr'], train=float(torch.stack(self.losses).mean()) if self.losses else None))
+        self.rows.append(dict(validation=loss, rate=self.optimizers().param_groups[0]['lr'],
+                              train=float(torch.stack(self.losses).mean()) if self.losses else None))
         self.losses.clear()
         self.advance()
         if loss < self.best[0]: self.best = loss, copy.deepcopy(self.drift.state_dict())
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=self.options.patience, threshold=1e-3, threshold_mode='abs')
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=self.options.patience,
+                                                             threshold=1e-3, threshold_mode='abs')
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=plateau, monitor='validation'))
 
 # %% ../nbs/32_published_propagator.ipynb #e32d
@@ -243,8 +257,10 @@ class Published:
         "Weights as safetensors, the rest as json."
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        card = dict(options=asdict(self.options), proteins=self.proteins, spacing=self.spacing, width=self.width, history=self.history)
-        with writing(directory/'published.safetensors') as tmp: save_file({k: v.cpu().contiguous() for k, v in self.drift.state_dict().items()}, tmp)
+        card = dict(options=asdict(self.options), proteins=self.proteins, spacing=self.spacing, width=self.width,
+                    history=self.history)
+        with writing(directory/'published.safetensors') as tmp:
+            save_file({k: v.cpu().contiguous() for k, v in self.drift.state_dict().items()}, tmp)
         with writing(directory/'published.json') as tmp: tmp.write_text(json.dumps(card, indent=1))
 
 # %% ../nbs/32_published_propagator.ipynb #e32e
@@ -254,7 +270,8 @@ def load_published(directory) -> Published: # written by `Published.save`
     "Read a propagator back. Raises `FileNotFoundError` if the directory holds none."
     directory = Path(directory)
     for name in ('published.json', 'published.safetensors'):
-        if not (directory/name).exists(): raise FileNotFoundError(f'{directory} has no {name}; give the directory that Published.save wrote')
+        if not (directory/name).exists():
+            raise FileNotFoundError(f'{directory} has no {name}; give the directory that Published.save wrote')
     card = json.loads((directory/'published.json').read_text())
     options = Options(**card.pop('options'))
     drift = _drift(card['width'], options)
@@ -265,11 +282,18 @@ def load_published(directory) -> Published: # written by `Published.save`
 def _check_set(motions, n): # -> spacing, width; one sentence on what does not fit
     if not motions: raise ValueError('motions: the list is empty; give at least one trajectory made by as_motion')
     first, names = motions[0], [m.name for m in motions]
-    if twice := {n for n in names if names.count(n) > 1}: raise ValueError(f'motions: {", ".join(sorted(twice))} is there twice; give each trajectory its own name')
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise ValueError(f'motions: {", ".join(sorted(twice))} is there twice; give each trajectory its own name')
     for m in motions:
-        if abs(m.spacing - first.spacing) > 1e-3*first.spacing: raise ValueError(f'{m.name}: frames are {m.spacing:g} ps apart and those of {first.name} {first.spacing:g} ps; one propagator has one step, so thin the finer one')
-        if m.mask.shape[1] != first.mask.shape[1]: raise ValueError(f'{m.name}: tokens are {m.mask.shape[1]} wide and those of {first.name} {first.mask.shape[1]}; make all with the same width')
-        if len(m) < n: raise ValueError(f'{m.name}: {len(m)} frames leave none to learn from; {n} are needed for training, validation and the steps ahead')
+        if abs(m.spacing - first.spacing) > 1e-3*first.spacing:
+            raise ValueError(f'{m.name}: frames are {m.spacing:g} ps apart and those of {first.name} '
+                             f'{first.spacing:g} ps; one propagator has one step, so thin the finer one')
+        if m.mask.shape[1] != first.mask.shape[1]:
+            raise ValueError(f'{m.name}: tokens are {m.mask.shape[1]} wide and those of {first.name} '
+                             f'{first.mask.shape[1]}; make all with the same width')
+        if len(m) < n:
+            raise ValueError(f'{m.name}: {len(m)} frames leave none to learn from; {n} are needed for training, '
+                             f'validation and the steps ahead')
     return first.spacing, first.mask.shape[1]//2
 
 # %% ../nbs/32_published_propagator.ipynb #e32g
@@ -280,15 +304,21 @@ def train(
     "One propagator for all proteins. Raises ValueError for motions that do not go together or are too short."
     o, length = options, options.steps_ahead + 1
     spacing, width = _check_set(motions, int(np.ceil(length/min(o.validation, 1 - o.validation))))
-    if 2*width % o.heads: raise ValueError(f'heads={o.heads} does not divide the {2*width} columns of a token; choose a divisor')
+    if 2*width % o.heads:
+        raise ValueError(f'heads={o.heads} does not divide the {2*width} columns of a token; choose a divisor')
     cut, known = [int(len(m)*(1 - o.validation)) for m in motions], sentences(motions)
-    seen, held = (_Windows(motions, f, length, known.mask.shape[1]) for f in ([slice(0, c) for c in cut], [slice(c, None) for c in cut]))
-    with quiet(o.threads), tqdm(total=o.max_epochs, desc='published propagator', unit='epoch', disable=not o.progress) as bar:
+    seen, held = (_Windows(motions, f, length, known.mask.shape[1])
+                  for f in ([slice(0, c) for c in cut], [slice(c, None) for c in cut]))
+    with quiet(o.threads), tqdm(total=o.max_epochs, desc='published propagator', unit='epoch',
+                                disable=not o.progress) as bar:
         torch.manual_seed(o.seed)
         learning = Learning(_drift(width, o), known, o, bar.update)
-        trainer = pl.Trainer(max_epochs=o.max_epochs, accelerator=o.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, gradient_clip_val=1.0, callbacks=[EarlyStopping('validation', patience=4*o.patience, min_delta=1e-3)])
-        trainer.fit(learning, DataLoader(seen, sampler=_Draws(seen, o.per_protein, o.steps_per_epoch, o.seed), batch_size=None), DataLoader(held, sampler=[held.spread(64)], batch_size=None))
+        trainer = pl.Trainer(max_epochs=o.max_epochs, accelerator=o.accelerator, devices=1, logger=False,
+                             enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0, gradient_clip_val=1.0,
+            callbacks=[EarlyStopping('validation', patience=4*o.patience, min_delta=1e-3)])
+        trainer.fit(learning, DataLoader(seen, sampler=_Draws(seen, o.per_protein, o.steps_per_epoch, o.seed),
+                                         batch_size=None), DataLoader(held, sampler=[held.spread(64)], batch_size=None))
     learning.drift.load_state_dict(learning.best[1])
     return Published(learning.drift.cpu().eval(), o, [m.name for m in motions], spacing, width, learning.rows)
 
@@ -296,7 +326,8 @@ def train(
 @contextmanager
 def dropping(drift: Drift, rate: float, seed: int):
     "The drift with dropout at a rate while running, from a seed; as it was afterwards."
-    kept = [(m, m.p) for m in drift.modules() if isinstance(m, nn.Dropout)] + [(m, m.dropout) for m in drift.modules() if isinstance(m, nn.MultiheadAttention)]
+    kept = [(m, m.p) for m in drift.modules() if isinstance(m, nn.Dropout)] + [(m, m.dropout)
+        for m in drift.modules() if isinstance(m, nn.MultiheadAttention)]
     def put(rates):
         for (m, _), p in zip(kept, rates): setattr(m, 'p' if isinstance(m, nn.Dropout) else 'dropout', p)
     devices = [next(drift.parameters()).device] if next(drift.parameters()).is_cuda else []
@@ -319,20 +350,28 @@ def rollout(
     unseen: bool = False, # allow a protein that was not trained on
     progress: bool = False,
 ) -> list: # of `Motion`, one a start
-    "Trajectories that the propagator makes by itself. Raises ValueError for a protein not seen, or one of other spacing or width."
+    """Trajectories that the propagator makes by itself. Raises ValueError for a protein not seen, or one of other
+    spacing or width."""
     _check_run(fitted, motion, unseen)
     state, device = motion.tokens[np.atleast_1d(start)], next(fitted.drift.parameters()).device
     place = [x[None].to(device).expand(len(state), *x.shape) for x in (motion.positions.float(), motion.mask)]
     frames, state = [state], state.to(device)
     with dropping(fitted.drift, dropout, seed) as drift:
-        for _ in tqdm(range(n_frames - 1), desc=motion.name, unit='frame', disable=not progress): frames.append((state := drift(state, *place)).cpu())
+        for _ in tqdm(range(n_frames - 1), desc=motion.name, unit='frame', disable=not progress):
+            frames.append((state := drift(state, *place)).cpu())
     return [replace(motion, tokens=x) for x in torch.stack(frames, 1)]
 
 # %% ../nbs/32_published_propagator.ipynb #f32c
 def _check_run(fitted, motion, unseen):
-    if motion.name not in fitted.proteins and not unseen: raise ValueError(f'{motion.name} was not trained on, only {", ".join(fitted.proteins)}; positions of Eq. 7 do not carry over, so say unseen=True to run it all the same')
-    if motion.mask.shape[1] != 2*fitted.width: raise ValueError(f'{motion.name}: tokens are {motion.mask.shape[1]} wide and the propagator has {2*fitted.width}; make the motion with width={fitted.width}')
-    if abs(motion.spacing - fitted.spacing) > 1e-3*fitted.spacing: raise ValueError(f'{motion.name}: frames are {motion.spacing:g} ps apart and the propagator steps {fitted.spacing:g} ps; thin the trajectory or train another')
+    if motion.name not in fitted.proteins and not unseen:
+        raise ValueError(f'{motion.name} was not trained on, only {", ".join(fitted.proteins)}; positions of Eq. 7 do '
+                         f'not carry over, so say unseen=True to run it all the same')
+    if motion.mask.shape[1] != 2*fitted.width:
+        raise ValueError(f'{motion.name}: tokens are {motion.mask.shape[1]} wide and the propagator has '
+                         f'{2*fitted.width}; make the motion with width={fitted.width}')
+    if abs(motion.spacing - fitted.spacing) > 1e-3*fitted.spacing:
+        raise ValueError(f'{motion.name}: frames are {motion.spacing:g} ps apart and the propagator steps '
+                         f'{fitted.spacing:g} ps; thin the trajectory or train another')
 
 # %% ../nbs/32_published_propagator.ipynb #g32a
 def rmsd_profile(
@@ -343,8 +382,10 @@ def rmsd_profile(
     x, tree = motion.xyz.astype(np.float32), motion.tree
     ref = np.asarray(x[0] if reference is None else reference, np.float32)[None]
     ca, segment = np.array(tree.names) == 'CA', tree.segment[tree.residue]
-    parts = {'total': ca} | ({f'chain {tree.residues[tree.residue[s[0]]].chain_id or k + 1}': ca & (segment == k) for k, s in enumerate(tree.segments)} if len(tree.segments) > 1 else {})
-    return {k: md.rmsd(md.Trajectory(x[:, m], None), md.Trajectory(ref[:, m], None), parallel=False).astype(float) for k, m in parts.items()}
+    parts = {'total': ca} | ({f'chain {tree.residues[tree.residue[s[0]]].chain_id or k + 1}': ca & (segment == k)
+                              for k, s in enumerate(tree.segments)} if len(tree.segments) > 1 else {})
+    return {k: md.rmsd(md.Trajectory(x[:, m], None), md.Trajectory(ref[:, m], None), parallel=False).astype(float)
+            for k, m in parts.items()}
 
 def delta_rmsd(
     made: dict, # as from `rmsd_profile`
@@ -359,10 +400,12 @@ def score_controls(
     seen: np.ndarray, # (F,) nm, RMSD of the training trajectory
     unseen: np.ndarray, # (F,) nm, of another one, to the same reference
 ) -> dict: # nm
-    "Eq. 14 of three that nobody would want to lose against: a constant, a frozen frame (any), and independent molecular dynamics."
+    """Eq. 14 of three that nobody would want to lose against: a constant, a frozen frame (any), and independent
+    molecular dynamics."""
     n = min(len(seen), len(unseen))
     frozen = np.abs(unseen[:n, None] - seen[None, ::max(1, len(seen)//500)]).mean()
-    return {'constant at the mean': float(np.abs(unseen[:n] - seen.mean()).mean()), 'frozen frame': float(frozen), 'independent MD': float(np.abs(unseen[:n] - seen[:n]).mean())}
+    return {'constant at the mean': float(np.abs(unseen[:n] - seen.mean()).mean()), 'frozen frame': float(frozen),
+            'independent MD': float(np.abs(unseen[:n] - seen[:n]).mean())}
 
 # %% ../nbs/32_published_propagator.ipynb #h32a
 def noise_calibration(
@@ -388,7 +431,8 @@ def plot_training(history: list, # as `Published.history`
     import matplotlib.pyplot as plt
     ax = ax or plt.figure(figsize=(5, 3), layout='constrained').gca()
     for k in ('train', 'validation'): ax.plot([h[k] for h in history], label=k)
-    for e in (e for e, (a, b) in enumerate(zip(history, history[1:]), 1) if b['rate'] < a['rate']): ax.axvline(e, color='gray', lw=0.5)
+    for e in (e for e, (a, b) in enumerate(zip(history, history[1:]), 1) if b['rate'] < a['rate']):
+        ax.axvline(e, color='gray', lw=0.5)
     ax.set(xlabel='epoch', ylabel='log of the mean square, mean over proteins')
     ax.legend(fontsize=8)
     return ax
@@ -400,11 +444,15 @@ def plot_profiles(compared: dict, # of data/published.json: RMSD curves in Å by
     "The paper's picture: RMSD of the whole and of each chain; molecular dynamics solid, made trajectories dotted."
     import matplotlib.pyplot as plt
     parts = list(compared['profiles']['seen'])
-    if axes is None: axes = np.atleast_1d(plt.subplots(1, len(parts), figsize=(4*len(parts), 3), layout='constrained', sharey=True)[1])
+    if axes is None:
+        axes = np.atleast_1d(plt.subplots(1, len(parts), figsize=(4*len(parts), 3), layout='constrained',
+                                          sharey=True)[1])
     for ax, part in zip(axes, parts):
         for k, (run, label) in enumerate(runs.items()):
             y = compared['profiles'][run][part]
-            ax.plot(np.arange(len(y))*compared['every'], y, '-' if 'seen' in run else ':', color=('black', 'gray')[k] if 'seen' in run else f'C{k - 2}', lw=0.8 if 'seen' in run else 2, label=label)
+            ax.plot(np.arange(len(y))*compared['every'], y, '-' if 'seen' in run else ':',
+                    color=('black', 'gray')[k] if 'seen' in run else f'C{k - 2}', lw=0.8 if 'seen' in run else 2,
+                    label=label)
         ax.set(title=part, xlabel='time / ps')
     axes[0].set_ylabel('RMSD to the first frame / Å')
     axes[-1].legend(fontsize=7)

@@ -29,19 +29,22 @@ from .zq import cut_profiles
 
 # %% ../nbs/46_relevance.ipynb #68215db6
 class LogOdds(nn.Module):
-    "A student as one function, in double precision: windows of raw features (B, W, F), oldest frame first, to log-odds of B; raises `ValueError` if it is not trained."
+    """A student as one function, in double precision: windows of raw features (B, W, F), oldest frame first, to
+    log-odds of B; raises `ValueError` if it is not trained."""
     def __init__(self, student):
         super().__init__()
         if not student.networks: raise ValueError('this student has not been trained; call fit or load first')
         self.networks = nn.ModuleList(copy.deepcopy(list(student.networks))).double().eval().requires_grad_(False)
-        self.mean, self.mix, self.pace = (None if v is None else torch.tensor(v, dtype=torch.float64) for v in (student.mean, student.mix, student.pace))
+        self.mean, self.mix, self.pace = (None if v is None else torch.tensor(v, dtype=torch.float64)
+                                          for v in (student.mean, student.mix, student.pace))
         self.window, self.edges = student.window, doublings(student.window, student.reach)[::-1]
 
     def forward(self, x):
         y = (x - self.mean) @ self.mix
         if self.pace is not None: y = torch.cat([y[:, 1:], y.diff(dim=1) / self.pace], -1)
         n = y.shape[1]
-        means = [y[:, n - a:n - b].mean(1, keepdim=True) for a, b in zip(self.edges, self.edges[1:])] # of the past beyond the window
+        # of the past beyond the window
+        means = [y[:, n - a:n - b].mean(1, keepdim=True) for a, b in zip(self.edges, self.edges[1:])]
         z = torch.stack([network(torch.cat([*means, y[:, n - self.window:]], 1)) for network in self.networks])
         return z[0] if len(z) == 1 else functional.logsigmoid(z).logsumexp(0) - functional.logsigmoid(-z).logsumexp(0)
 
@@ -52,7 +55,8 @@ def raw_windows(
 ) -> Windows: # call it with frame numbers, counted through all trajectories: (B, W, F)
     "Windows of the features as they are; one frame longer if the student reads differences."
     X = as_ensemble(features, np.float32, 'features')
-    if any(x.ndim != 2 or x.shape[1] != len(student.mean) for x in X): raise ValueError(f'this student reads {len(student.mean)} features a frame; found {X[0].shape[1:]}')
+    if any(x.ndim != 2 or x.shape[1] != len(student.mean) for x in X):
+        raise ValueError(f'this student reads {len(student.mean)} features a frame; found {X[0].shape[1:]}')
     n = len(student.mean)
     return Windows(X, np.zeros(n), np.eye(n), max(student.window, student.reach) + (student.pace is not None))
 
@@ -68,8 +72,11 @@ def transition_frames(
     "Frames outside A and B whose committor lies between two values; raises `ValueError` if there are none."
     r, s = np.concatenate(student.transform(features)), np.concatenate(check_states(states))
     found = np.flatnonzero((s < 0) & (r >= between[0]) & (r <= between[1]))
-    if not len(found): raise ValueError(f'no frame outside A and B has a committor between {between[0]} and {between[1]}; choose a wider range')
-    return found if len(found) <= n_frames else np.sort(np.random.default_rng(seed).choice(found, n_frames, replace=False))
+    if not len(found):
+        raise ValueError(f'no frame outside A and B has a committor between {between[0]} and {between[1]}; choose a '
+                         f'wider range')
+    return found if len(found) <= n_frames else np.sort(np.random.default_rng(seed).choice(found, n_frames,
+                                                                                           replace=False))
 
 # %% ../nbs/46_relevance.ipynb #9c81f0c3
 def gradients(
@@ -105,12 +112,18 @@ def _start(features, states, frames, baseline):
     "Baseline of each frame, (n, 1, F)."
     x, s = np.concatenate(features), np.concatenate(states)
     if not isinstance(baseline, str):
-        if np.shape(baseline) != x.shape[1:]: raise ValueError(f'baseline has shape {np.shape(baseline)}; one frame of {x.shape[1]} features is needed')
+        if np.shape(baseline) != x.shape[1:]:
+            raise ValueError(f'baseline has shape {np.shape(baseline)}; one frame of {x.shape[1]} features is needed')
         return np.tile(np.asarray(baseline, float), (len(frames), 1, 1))
-    if baseline not in ('A', 'B', 'last'): raise ValueError(f'baseline={baseline!r} is not known; choose A, B, last, or give the (F,) features of a frame')
-    came = np.concatenate(previous_outcomes(states))[frames] if baseline == 'last' else np.full(len(frames), 'AB'.index(baseline))
-    if np.isnan(came).any(): raise ValueError('some frames come before the first visit to A or B, so they left no state; choose others, or baseline="A"')
-    if missing := [k for k in np.unique(came) if not (s == k).any()]: raise ValueError(f'no frame of state {"AB"[int(missing[0])]} in these trajectories; give baseline= a frame')
+    if baseline not in ('A', 'B', 'last'):
+        raise ValueError(f'baseline={baseline!r} is not known; choose A, B, last, or give the (F,) features of a frame')
+    came = np.concatenate(previous_outcomes(states))[frames] if baseline == 'last' else np.full(len(frames),
+                                                                                                'AB'.index(baseline))
+    if np.isnan(came).any():
+        raise ValueError('some frames come before the first visit to A or B, so they left no state; choose others, or '
+                         'baseline="A"')
+    if missing := [k for k in np.unique(came) if not (s == k).any()]:
+        raise ValueError(f'no frame of state {"AB"[int(missing[0])]} in these trajectories; give baseline= a frame')
     mean = {k: x[s == k].mean(0, dtype=float) for k in np.unique(came)}
     return np.stack([mean[k] for k in came])[:, None]
 
@@ -124,7 +137,8 @@ def integrated_gradients(
     steps: int = 64, # nodes of the integral
     batch: int = 1024, # windows at a time
 ) -> Attributions:
-    "Share of every raw feature and frame in the log-odds (Sundararajan et al. 2017); raises `ValueError` if the shares miss the sum by more than 0.1 %."
+    """Share of every raw feature and frame in the log-odds (Sundararajan et al. 2017); raises `ValueError` if the
+    shares miss the sum by more than 0.1 %."""
     function, windows, states = LogOdds(student), raw_windows(student, features), check_states(states)
     start, parts = torch.from_numpy(_start(as_ensemble(features, np.float32), states, frames, baseline)), []
     node, weight = np.polynomial.legendre.leggauss(steps)
@@ -134,18 +148,22 @@ def integrated_gradients(
         slope = sum(w / 2 * gradients(function, x0 + (1 + t) / 2 * (x - x0)) for t, w in zip(node, weight))
         parts.append(((x - x0) * slope, function(x), function(x0)))
     found = Attributions(*(torch.cat(p).numpy() for p in zip(*parts)), frames)
-    if found.gap > 1e-3: raise ValueError(f'the shares miss the difference by {found.gap:.1%}: the path crosses steep places; take more than {steps} steps')
+    if found.gap > 1e-3:
+        raise ValueError(f'the shares miss the difference by {found.gap:.1%}: the path crosses steep places; take '
+                         f'more than {steps} steps')
     return found
 
 # %% ../nbs/46_relevance.ipynb #d3bfb02d
 def _read(student, X, columns=slice(None)):
     "What the network reads, from some columns only."
-    return Windows([x[:, columns] for x in X], student.mean[columns], student.mix[columns], student.window, student.pace, student.reach)
+    return Windows([x[:, columns] for x in X], student.mean[columns], student.mix[columns], student.window,
+                   student.pace, student.reach)
 
 @torch.no_grad()
 def _committor(student, w, batch=8192):
     "Committor of windows, as the student reads them."
-    r = torch.stack([torch.cat([torch.sigmoid(n(part)) for part in w.split(batch)]) for n in student.networks]).mean(0).double().numpy()
+    r = torch.stack([torch.cat([torch.sigmoid(n(part)) for part in w.split(batch)])
+                     for n in student.networks]).mean(0).double().numpy()
     return r if student.bend is None else np.interp(r, *student.bend)
 
 def _t_max(r, index, states):
@@ -166,7 +184,8 @@ def permutation_importance(
     t_max: bool = False, # tell the rise of T_max too
     seed: int = 0,
 ) -> pd.DataFrame: # index: group; log_loss and its se, nats per frame; t_max
-    "Rise of log-loss and T_max when a group of features is taken from other frames (Breiman 2001); raises `ValueError` when no frame outside A and B has a known outcome."
+    """Rise of log-loss and T_max when a group of features is taken from other frames (Breiman 2001); raises
+    `ValueError` when no frame outside A and B has a known outcome."""
     X, S = as_ensemble(features, np.float32, 'features'), check_states(states)
     s, y = np.concatenate(S), np.concatenate(outcomes(S))
     index = np.flatnonzero(s < 0)
@@ -176,7 +195,8 @@ def permutation_importance(
     before, rng, rows = _committor(student, base), np.random.default_rng(seed), []
     for columns in groups.values():
         part = _read(student, X, list(columns))(torch.from_numpy(index))
-        after = [_committor(student, base + part[torch.from_numpy(rng.permutation(len(index)))] - part) for _ in range(n_repeats)]
+        after = [_committor(student, base + part[torch.from_numpy(rng.permutation(len(index)))] - part)
+                 for _ in range(n_repeats)]
         rise = np.stack([log_loss(r[known], y) for r in after]) - log_loss(before[known], y)
         tested = np.mean([_t_max(r, index, S) for r in after]) - _t_max(before, index, S) if t_max else np.nan
         rows.append((rise.mean(), _error(rise, block), tested))
@@ -230,7 +250,8 @@ def attention(
     frames: np.ndarray, # frame numbers, counted through all trajectories
 ) -> np.ndarray: # (n, members, layers, heads, W), oldest frame first; sums over the last axis are 1
     "Shares with which the last frame of each window looks back; raises `ValueError` for another architecture."
-    if student.architecture != 'transformer': raise ValueError(f'architecture={student.architecture!r} has no attention; use gradients or permutation')
+    if student.architecture != 'transformer':
+        raise ValueError(f'architecture={student.architecture!r} has no attention; use gradients or permutation')
     x, found = _read(student, as_ensemble(features, np.float32, 'features'))(torch.from_numpy(frames)), []
     for body in (network.body for network in student.networks):
         h, rows = body.embed(x) + body.place, []
@@ -246,8 +267,10 @@ def residue_groups(
 ) -> dict: # residue, such as PHE10 -> columns
     "For each residue the columns that stand on two atoms, one of them its own; in the order of the chain."
     pairs = {k: [a.rsplit('-', 1)[0] for a in atoms] for k, atoms in enumerate(description.atoms) if len(atoms) == 2}
-    number = lambda residue: (residue.rpartition(':')[0], int(''.join(c for c in residue.rpartition(':')[2].partition('#')[0][1:] if c.isdigit()) or 0))
-    return {r: [k for k, p in pairs.items() if r in p] for r in sorted({r for p in pairs.values() for r in p}, key=number)}
+    number = lambda residue: (residue.rpartition(':')[0],
+        int(''.join(c for c in residue.rpartition(':')[2].partition('#')[0][1:] if c.isdigit()) or 0))
+    return {r: [k for k, p in pairs.items() if r in p]
+            for r in sorted({r for p in pairs.values() for r in p}, key=number)}
 
 # %% ../nbs/46_relevance.ipynb #abbd820f
 def residue_values(
@@ -291,9 +314,12 @@ def plot_chain(
     size = np.clip(values, 0, None) / max(np.max(values), 1e-12)
     ax.plot(*xyz.T, color='0.6', lw=2)
     dots = ax.scatter(*xyz.T, c=values, s=20 + 180 * size, cmap='viridis', edgecolor='k', lw=.5, depthshade=False)
-    for k in np.argsort(-values)[:n_names]: ax.text(*xyz[k], f'  {native.topology.atom(int(atoms[k])).residue}', fontsize=8, zorder=99)
+    for k in np.argsort(-values)[:n_names]:
+        ax.text(*xyz[k], f'  {native.topology.atom(int(atoms[k])).residue}', fontsize=8, zorder=99)
     ax.figure.colorbar(dots, ax=ax, label=label, shrink=.7, pad=.1)
-    ax.set(xlabel='nm', box_aspect=np.ptp(xyz, 0)); ax.view_init(75, -90); ax.set_zticks([])
+    ax.set(xlabel='nm', box_aspect=np.ptp(xyz, 0))
+    ax.view_init(75, -90)
+    ax.set_zticks([])
     return ax
 
 # %% ../nbs/46_relevance.ipynb #604fb459
@@ -307,7 +333,8 @@ def plot_contact_map(
     ax = ax or plt.subplots(figsize=(4, 3.5), layout='constrained')[1]
     largest, n = largest or np.nanmax(np.abs(matrix)), len(matrix)
     ax.set_facecolor('0.85') # where there is no contact
-    image = ax.imshow(matrix, cmap='PuOr_r', vmin=-largest, vmax=largest, origin='lower', extent=(.5, n + .5, .5, n + .5))
+    image = ax.imshow(matrix, cmap='PuOr_r', vmin=-largest, vmax=largest, origin='lower',
+                      extent=(.5, n + .5, .5, n + .5))
     ax.set(xlabel='residue', ylabel='residue')
     return image
 
@@ -320,7 +347,8 @@ def view_structure(
     from IPython.utils.capture import capture_output
     with capture_output(): import nglview # which shows an empty widget when it is first imported
     scaled = np.zeros(native.n_atoms)
-    place = {native.topology.atom(int(a)).residue.index: v for a, v in zip(ca_atoms(native.topology), 99 * np.clip(values, 0, None) / max(np.max(values), 1e-12))}
+    place = {native.topology.atom(int(a)).residue.index: v
+             for a, v in zip(ca_atoms(native.topology), 99 * np.clip(values, 0, None) / max(np.max(values), 1e-12))}
     for atom in native.topology.atoms: scaled[atom.index] = place.get(atom.residue.index, 0)
     with tempfile.TemporaryDirectory() as folder:
         native[0].save_pdb(f'{folder}/native.pdb', bfactors=scaled)

@@ -33,7 +33,8 @@ def scalar_distance(
     reference: list, # (F,) per trajectory
     bins: int = 50,
 ) -> float: # nats^(1/2)
-    "Jensen-Shannon distance of one number's distribution; what leaves the range of the reference falls into the outer bins."
+    """Jensen-Shannon distance of one number's distribution; what leaves the range of the reference falls into the
+    outer bins."""
     p, q = np.concatenate(rollouts), np.concatenate(reference)
     edges = np.linspace(q.min(), q.max() + 1e-9, bins + 1)
     return float(jensenshannon(*(np.histogram(np.clip(x, edges[0], edges[-1]), edges)[0] for x in (p, q))))
@@ -48,7 +49,8 @@ def circular_autocorrelation(
     mean = np.concatenate(z).mean(0)
     spread = 1 - np.abs(mean)**2
     moving = spread > 1e-6
-    pairs = lambda k: np.concatenate([((x[k:] - mean)*np.conj(x[:len(x) - k] - mean)).real for x in z if len(x) > k]).mean(0)
+    pairs = lambda k: np.concatenate([((x[k:] - mean)*np.conj(x[:len(x) - k] - mean)).real
+                                      for x in z if len(x) > k]).mean(0)
     return np.array([(pairs(k)[moving]/spread[moving]).mean() if moving.any() else 0. for k in lags])
 
 LAGS = (1, 2, 5, 10, 20, 50)
@@ -58,10 +60,12 @@ def memory_distance(
     reference: list, # (F, K) radians per trajectory
     lags = LAGS, # frames
 ) -> float:
-    "Mean absolute difference of the two autocorrelations, each about its own mean, at the lags that both are long enough for."
+    """Mean absolute difference of the two autocorrelations, each about its own mean, at the lags that both are long
+    enough for."""
     shortest = min(max(map(len, x)) for x in (rollouts, reference))
     lags = [k for k in lags if k < shortest]
-    if not lags: raise ValueError(f'the longest trajectory of one side has {shortest} frames; two are needed to speak of memory')
+    if not lags:
+        raise ValueError(f'the longest trajectory of one side has {shortest} frames; two are needed to speak of memory')
     return float(np.abs(circular_autocorrelation(rollouts, lags) - circular_autocorrelation(reference, lags)).mean())
 
 # %% ../nbs/25_rollouts.ipynb #c25a
@@ -79,7 +83,8 @@ class SlowModes:
         from deeptime.decomposition import TICA
         self.lag, self.n_cells = lag, n_cells
         self.tica = TICA(lagtime=lag, dim=2).fit_fetch([_vectors(x) for x in training])
-        self.cells = KMeans(n_cells, fixed_seed=seed, max_iter=100, n_jobs=1).fit_fetch(np.concatenate(self.project(training)))
+        self.cells = KMeans(n_cells, fixed_seed=seed, max_iter=100,
+                            n_jobs=1).fit_fetch(np.concatenate(self.project(training)))
 
     def project(self, angles): return [self.tica.transform(_vectors(x)) for x in angles] # (F, 2) per trajectory
     def assign(self, angles): return [self.cells.transform(y) for y in self.project(angles)] # (F,) per trajectory
@@ -101,8 +106,10 @@ def slowest_timescale(
     "First implied timescale of a Markov state model in the cells of the training trajectories."
     from deeptime.markov import TransitionCountEstimator
     from deeptime.markov.msm import MaximumLikelihoodMSM
-    counts = TransitionCountEstimator(modes.lag, 'sliding', n_states=modes.n_cells).fit_fetch([s.astype(np.int32) for s in modes.assign(angles)]).submodel_largest()
-    return float(MaximumLikelihoodMSM(reversible=True, allow_disconnected=True).fit_fetch(counts).timescales(k=1)[0]) if counts.n_states > 1 else 0.
+    counts = TransitionCountEstimator(modes.lag, 'sliding',
+        n_states=modes.n_cells).fit_fetch([s.astype(np.int32) for s in modes.assign(angles)]).submodel_largest()
+    return float(MaximumLikelihoodMSM(reversible=True,
+        allow_disconnected=True).fit_fetch(counts).timescales(k=1)[0]) if counts.n_states > 1 else 0.
 
 # %% ../nbs/25_rollouts.ipynb #d25a
 def wrap(x): # to (-pi, pi]
@@ -123,7 +130,8 @@ class LinearAngles:
 
     def sample(self, start, n_frames, rng, noise='full'): # (M, K) -> M arrays (n_frames, K)
         x, out = wrap(start - self.mean), np.empty((n_frames, *start.shape))
-        L = dict(full=self.noise, diagonal=np.diag(np.sqrt(np.diag(self.noise @ self.noise.T))), none=0*self.noise)[noise]
+        L = dict(full=self.noise, diagonal=np.diag(np.sqrt(np.diag(self.noise @ self.noise.T))),
+                 none=0*self.noise)[noise]
         for t in range(n_frames): out[t] = x = wrap(x @ self.step + rng.normal(size=x.shape) @ L.T)
         return list(wrap(out + self.mean).swapaxes(0, 1))
 
@@ -138,10 +146,14 @@ def controls(
     rng, x = np.random.default_rng(seed), np.concatenate(training)
     n_rollouts, linear = len(start), LinearAngles(training)
     steps = np.concatenate([wrap(np.diff(a, axis=0)) for a in training])
-    walk = lambda: wrap(start + np.cumsum(steps.std(0)*rng.normal(size=(n_frames, *start.shape)), axis=0)).swapaxes(0, 1)
-    return {'frozen': list(np.repeat(start[:, None], n_frames, 1)), 'shuffled': [x[rng.integers(0, len(x), n_frames)] for _ in range(n_rollouts)],
-        'resampled': _stretches(training, n_frames, n_rollouts, rng), 'random walk': list(walk()), 'VAR(1), no noise': linear.sample(start, n_frames, rng, 'none'),
-        'VAR(1), separate noise': linear.sample(start, n_frames, rng, 'diagonal'), 'VAR(1) + noise': linear.sample(start, n_frames, rng), 'analogue': _analogue(training, start, n_frames)}
+    walk = lambda: wrap(start + np.cumsum(steps.std(0)*rng.normal(size=(n_frames, *start.shape)), axis=0)).swapaxes(0,
+                                                                                                                    1)
+    return {'frozen': list(np.repeat(start[:, None], n_frames, 1)),
+            'shuffled': [x[rng.integers(0, len(x), n_frames)] for _ in range(n_rollouts)],
+        'resampled': _stretches(training, n_frames, n_rollouts, rng), 'random walk': list(walk()),
+        'VAR(1), no noise': linear.sample(start, n_frames, rng, 'none'),
+        'VAR(1), separate noise': linear.sample(start, n_frames, rng, 'diagonal'),
+        'VAR(1) + noise': linear.sample(start, n_frames, rng), 'analogue': _analogue(training, start, n_frames)}
 
 # %% ../nbs/25_rollouts.ipynb #d25c
 def _stretches(training, n, m, rng, length=50): # training stretches played again
@@ -174,25 +186,32 @@ class Judge:
         own, relative = self._absolute(rollouts), ('motion', 'recall', 'spread', 'timescale', 'novelty')
         slow = [[y[:, 0] for y in self.modes.project(x)] for x in (rollouts, self.reference)]
         found = {k: own[k]/max(self.of_reference[k], 1e-12) for k in relative}
-        found |= dict(distribution=float(torsion_distance(rollouts, self.reference).mean()), slow_modes=scalar_distance(*slow), memory=memory_distance(rollouts, self.reference),
-            populations=_half(own['populations'] - self.of_reference['populations']), drift=self._drift(rollouts), imbalance=_imbalance(self.modes.counts(rollouts)))
+        found |= dict(distribution=float(torsion_distance(rollouts, self.reference).mean()),
+                      slow_modes=scalar_distance(*slow), memory=memory_distance(rollouts, self.reference),
+            populations=_half(own['populations'] - self.of_reference['populations']), drift=self._drift(rollouts),
+            imbalance=_imbalance(self.modes.counts(rollouts)))
         return {k.replace('_', ' '): found[k] for k in MEASURES}
 
     def table(self, ensembles: dict) -> pd.DataFrame: # name -> rollouts; one row each
         "Scores, and what they say in words."
-        return pd.DataFrame({name: (s := self.score(x)) | dict(fault=', '.join(faults(s)) or 'none') for name, x in ensembles.items()}).T
+        return pd.DataFrame({name: (s := self.score(x)) | dict(fault=', '.join(faults(s)) or 'none')
+                             for name, x in ensembles.items()}).T
 
     def _absolute(self, x):
-        return dict(motion=_step(x), recall=circular_autocorrelation(x, [1])[0], spread=_spread(x), timescale=slowest_timescale(self.modes, x), novelty=_nearest(self.neighbours, x), populations=self.modes.populations(x))
+        return dict(motion=_step(x), recall=circular_autocorrelation(x, [1])[0], spread=_spread(x),
+                    timescale=slowest_timescale(self.modes, x), novelty=_nearest(self.neighbours, x),
+                    populations=self.modes.populations(x))
 
     def _drift(self, x):
         first, last = ([a[i*len(a)//3:(i + 1)*len(a)//3] for a in x] for i in (0, 2))
         return _half(self.modes.populations(first) - self.modes.populations(last))
 
 # %% ../nbs/25_rollouts.ipynb #e25b
-MEASURES = ('motion', 'recall', 'spread', 'distribution', 'slow_modes', 'populations', 'memory', 'timescale', 'drift', 'novelty', 'imbalance')
+MEASURES = ('motion', 'recall', 'spread', 'distribution', 'slow_modes', 'populations', 'memory', 'timescale', 'drift',
+            'novelty', 'imbalance')
 
-def _step(angles): return float(np.sqrt(np.mean(np.concatenate([wrap(np.diff(x, axis=0)) for x in angles])**2))) # radians
+# radians
+def _step(angles): return float(np.sqrt(np.mean(np.concatenate([wrap(np.diff(x, axis=0)) for x in angles])**2)))
 def _spread(angles): return float((1 - np.abs(np.exp(1j*np.concatenate(angles)).mean(0))).mean()) # circular variance
 def _half(difference): return float(np.abs(difference).sum()/2)
 def _nearest(tree, angles, every=5): return float(np.median(tree.query(_vectors(np.concatenate(angles))[::every])[0]))
@@ -203,8 +222,11 @@ def faults(
     score: dict, # as from `Judge.score`
 ) -> list: # of str
     "What is wrong with a set of rollouts, in words; empty if nothing is."
-    wrong = {'no motion': score['motion'] < 0.3, 'no dynamics': score['motion'] > 0.3 and score['recall'] < 0.3, 'collapse': score['spread'] < 0.5, 'too wide': score['spread'] > 1.5,
-        'wrong distribution': score['distribution'] > 0.3, 'forgets': score['motion'] > 0.3 and score['timescale'] < 0.5, 'drift': score['drift'] > 0.5 and score['distribution'] > 0.3, 'replay': score['novelty'] < 0.1}
+    wrong = {'no motion': score['motion'] < 0.3, 'no dynamics': score['motion'] > 0.3 and score['recall'] < 0.3,
+             'collapse': score['spread'] < 0.5, 'too wide': score['spread'] > 1.5,
+        'wrong distribution': score['distribution'] > 0.3,
+        'forgets': score['motion'] > 0.3 and score['timescale'] < 0.5,
+        'drift': score['drift'] > 0.5 and score['distribution'] > 0.3, 'replay': score['novelty'] < 0.1}
     return [name for name, is_so in wrong.items() if is_so]
 
 # %% ../nbs/25_rollouts.ipynb #g25e
@@ -214,7 +236,9 @@ def plot_memory(ensembles: dict, # name -> (F, K) radians per trajectory
     import matplotlib.pyplot as plt
     ax = ax or plt.figure(figsize=(6, 3.5), layout='constrained').gca()
     lags = np.unique(np.geomspace(1, 100, 25).astype(int))
-    for k, (name, x) in enumerate(ensembles.items()): ax.plot(lags*spacing_ps, circular_autocorrelation(x, lags), color='black' if k == 0 else f'C{k - 1}', label=name)
+    for k, (name, x) in enumerate(ensembles.items()):
+        ax.plot(lags*spacing_ps, circular_autocorrelation(x, lags), color='black' if k == 0 else f'C{k - 1}',
+                label=name)
     ax.set(xscale='log', xlabel='lag / ps', ylabel='autocorrelation')
     ax.legend(fontsize=8)
     return ax

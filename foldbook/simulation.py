@@ -39,25 +39,31 @@ def protein_chain(path: str|Path,        # PDB file, or mmCIF by its suffix .cif
     found = {}
     for c in t.topology.chains:
         if kept := [r for r in c.residues if whole(r)]: found.setdefault(c.chain_id or str(c.index), []).extend(kept)
-    if not found: raise ValueError(f'{path}: no residue has atoms N, CA and C; a structure with all heavy atoms is needed')
+    if not found:
+        raise ValueError(f'{path}: no residue has atoms N, CA and C; a structure with all heavy atoms is needed')
     chain = next(iter(found)) if chain is None else chain
     if chain not in found: raise ValueError(f'{path}: no protein chain {chain!r}; it has {", ".join(found)}')
     return t.atom_slice([a.index for r in found[chain] for a in r.atoms if a.element.symbol not in ('H', 'D', 'VS')])
 
 # %% ../nbs/12_simulation.ipynb #70494d65
 def _first_model(path): # mdtraj reads all models and wants them alike
-    text = _cif_as_pdb(path) if Path(path).suffix.lower() in ('.cif', '.mmcif') else Path(path).read_text(errors='replace').split('ENDMDL')[0]
+    text = _cif_as_pdb(path) if Path(path).suffix.lower() in ('.cif',
+        '.mmcif') else Path(path).read_text(errors='replace').split('ENDMDL')[0]
     with tempfile.TemporaryDirectory() as tmp:
-        (one := Path(tmp)/'one.pdb').write_text('\n'.join(l for l in text.splitlines() if l.startswith(('ATOM', 'HETATM', 'TER'))) + '\nEND\n')
+        (one := Path(tmp)/'one.pdb').write_text('\n'.join(l
+            for l in text.splitlines() if l.startswith(('ATOM', 'HETATM', 'TER'))) + '\nEND\n')
         try: return md.load_pdb(str(one))
-        except (ValueError, IndexError, KeyError) as e: raise ValueError(f'{path}: not a PDB file that can be read ({e})') from e
+        except (ValueError, IndexError, KeyError) as e:
+            raise ValueError(f'{path}: not a PDB file that can be read ({e})') from e
 
 def _cif_as_pdb(path): # the first model
     from openmm.app import PDBFile, PDBxFile
     try:
         cif, pdb = PDBxFile(str(path)), StringIO()
         PDBFile.writeFile(cif.topology, cif.getPositions(frame=0), pdb, keepIds=True)
-    except Exception as e: raise ValueError(f'{path}: not an mmCIF file that can be read ({type(e).__name__}: {e})') from e # the parser raises whatever it stumbles over
+    # the parser raises whatever it stumbles over
+    except Exception as e:
+        raise ValueError(f'{path}: not an mmCIF file that can be read ({type(e).__name__}: {e})') from e
     return pdb.getvalue()
 
 # %% ../nbs/12_simulation.ipynb #31147487
@@ -128,7 +134,8 @@ BOLTZMANN = 0.00831446261815324 # kJ/mol/K
 
 # %% ../nbs/12_simulation.ipynb #d1a0c002
 class Dynamics:
-    "What `simulate` needs of a model: fields `name`, `temperature`, `native`, methods `settings`, `context(temperature, seed)`, `start(name)`; the rest has defaults."
+    """What `simulate` needs of a model: fields `name`, `temperature`, `native`, methods `settings`,
+    `context(temperature, seed)`, `start(name)`; the rest has defaults."""
     time_step = TIME_STEP # ps
     centred = True # frames are written about their centre: the drift of a free chain means nothing
     advice = 'lower contact_energy or the temperature, or keep angle_constant at 40 or more'
@@ -157,7 +164,8 @@ class GoModel(Dynamics):
     source: str = ''                # where the native structure comes from
 
     @classmethod
-    def from_pdb(cls, path, name=None, chain=None, **parameters): return go_model_from_pdb(path, name, chain, **parameters)
+    def from_pdb(cls, path, name=None, chain=None, **parameters):
+        return go_model_from_pdb(path, name, chain, **parameters)
     @classmethod
     def load(cls, path): return _load_model(path)
     def save(self, path): return _write_text(path, json.dumps(self.settings()))
@@ -186,14 +194,17 @@ def go_model_from_pdb(path: str|Path,        # PDB or mmCIF file, or a PDB id to
     names = [str(r) for r in t.topology.residues]
     if (gap > 0.45).any():
         i = int(gap.argmax())
-        raise ValueError(f'{path}: C-alphas of {names[i]} and {names[i+1]} are {gap[i]:.2f} nm apart; residues are missing between them: model them first')
+        raise ValueError(f'{path}: C-alphas of {names[i]} and {names[i+1]} are {gap[i]:.2f} nm apart; residues are '
+                         f'missing between them: model them first')
     contacts = native_contacts(t)
     if not len(contacts): raise ValueError(f'{path}: no native contact between residues three or more apart')
-    return GoModel(name or Path(path).stem, [r.name for r in t.topology.residues], xyz, contacts, **(dict(source=Path(path).name) | parameters))
+    return GoModel(name or Path(path).stem, [r.name for r in t.topology.residues], xyz, contacts,
+                   **(dict(source=Path(path).name) | parameters))
 
 # %% ../nbs/12_simulation.ipynb #5204ef0d
 def _settings(model): # every field as json-able numbers
-    return asdict(model) | dict(xyz=np.asarray(model.xyz).tolist(), contacts=np.asarray(model.contacts).tolist(), dihedral_constants=list(model.dihedral_constants))
+    return asdict(model) | dict(xyz=np.asarray(model.xyz).tolist(), contacts=np.asarray(model.contacts).tolist(),
+                                dihedral_constants=list(model.dihedral_constants))
 
 def _write_text(path, text):
     with writing(path) as tmp: tmp.write_text(text)
@@ -203,20 +214,23 @@ def _write_text(path, text):
 def _load_model(path):
     try: d = json.loads(Path(path).read_text())
     except json.JSONDecodeError as e: raise ValueError(f'{path}: not a model written by GoModel.save ({e})') from e
-    return GoModel(**d | dict(xyz=np.array(d['xyz']), contacts=np.array(d['contacts']), dihedral_constants=tuple(d['dihedral_constants'])))
+    return GoModel(**d | dict(xyz=np.array(d['xyz']), contacts=np.array(d['contacts']),
+                              dihedral_constants=tuple(d['dihedral_constants'])))
 
 # %% ../nbs/12_simulation.ipynb #0d96074c
 def _native(model):
     top = md.Topology()
     c = top.add_chain()
-    for i, name in enumerate(model.residues): top.add_atom('CA', md.element.carbon, top.add_residue(name, c, resSeq=i+1))
+    for i, name in enumerate(model.residues):
+        top.add_atom('CA', md.element.carbon, top.add_residue(name, c, resSeq=i+1))
     atoms = list(top.atoms)
     for a, b in zip(atoms[:-1], atoms[1:]): top.add_bond(a, b)
     return md.Trajectory(np.asarray(model.xyz, dtype=np.float32)[None], top)
 
 # %% ../nbs/12_simulation.ipynb #0421bec0
 def go_system(model: GoModel) -> mm.System:
-    "The OpenMM system; `GoModel.system` is this. No box, no constraints; force groups 0 to 5: bonds, angles, dihedrals, contacts, core, cooperative."
+    """The OpenMM system; `GoModel.system` is this. No box, no constraints; force groups 0 to 5: bonds, angles,
+    dihedrals, contacts, core, cooperative."""
     system = mm.System()
     for _ in model.residues: system.addParticle(1.0)
     forces = local_forces(model) + pair_forces(model)
@@ -242,7 +256,8 @@ def energies(model: GoModel,
     out = np.zeros((len(xyz), 6))
     for k, x in enumerate(xyz):
         context.setPositions(np.asarray(x, float))
-        for g in range(context.getSystem().getNumForces()): out[k, g] = context.getState(getEnergy=True, groups={g}).getPotentialEnergy()._value
+        for g in range(context.getSystem().getNumForces()):
+            out[k, g] = context.getState(getEnergy=True, groups={g}).getPotentialEnergy()._value
     return out
 
 # %% ../nbs/12_simulation.ipynb #0f26b0f1
@@ -266,7 +281,9 @@ def run_segment(model: Dynamics,
                 report=None,          # called after each frame
                 first_step: int = 0,  # steps made before
                 forces: bool = False  # keep the forces of each frame
-                ) -> tuple:           # dict of 'xyz' (n, N, 3) nm, 'energy' (n,) kJ/mol, 'forces' kJ/mol/nm and what the model measures; state at the end
+                # dict of 'xyz' (n, N, 3) nm, 'energy' (n,) kJ/mol, 'forces' kJ/mol/nm and what the model measures;
+                # state at the end
+                ) -> tuple:
     "Dynamics of a few frames; a function of its arguments to the last bit."
     context = model.context(temperature, seed)
     context.setPositions(state['x'])
@@ -300,7 +317,8 @@ def _write_dcd(path, topology, pieces, spacing, note):
 def _write_h5(path, topology, pieces, spacing, note):
     with md.formats.HDF5TrajectoryFile(str(path), 'w') as f:
         f.topology, f.title = topology, note
-        for first, xyz in pieces: f.write(coordinates=xyz, time=(np.arange(first, first + len(xyz))*spacing).astype(np.float32))
+        for first, xyz in pieces:
+            f.write(coordinates=xyz, time=(np.arange(first, first + len(xyz))*spacing).astype(np.float32))
 
 WRITERS = {'.xtc': _write_xtc, '.dcd': _write_dcd, '.h5': _write_h5}
 
@@ -310,7 +328,8 @@ def _check_frames(model, frames, where): # a wrong trajectory must not be writte
     bad = ~(np.isfinite(frames['xyz']).all(axis=(1, 2)) & (energy < limit))
     if bad.any():
         k = int(bad.argmax())
-        raise ValueError(f'{where}, frame {k}: energy {energy[k]:.4g} kJ/mol (limit {limit:.4g}); the integration failed: {model.advice}')
+        raise ValueError(f'{where}, frame {k}: energy {energy[k]:.4g} kJ/mol (limit {limit:.4g}); the integration '
+                         f'failed: {model.advice}')
 
 # %% ../nbs/12_simulation.ipynb #7a85f11a
 def _task(model, **settings): # what a run that goes on must agree with
@@ -323,7 +342,9 @@ def _resume(out, task, model, temperature, start, seed): # state, frames done
     folder = _segments(out)
     folder.mkdir(exist_ok=True)
     mark, files = folder/'task', sorted(folder.glob('[0-9]*.npz'))
-    if mark.exists() and mark.read_text() != task: raise ValueError(f'{folder} belongs to a run with another model, seed or length; delete it or choose another output')
+    if mark.exists() and mark.read_text() != task:
+        raise ValueError(f'{folder} belongs to a run with another model, seed or length; delete it or choose another '
+                         f'output')
     _write_text(mark, task)
     if files:
         with np.load(files[-1]) as z: return {k: z['state_' + k] for k in 'xv'}, int(files[-1].stem)
@@ -344,7 +365,8 @@ def extended(model: GoModel) -> np.ndarray: # (N, 3) nm
 # %% ../nbs/12_simulation.ipynb #f6de499b
 def _start(model, start):
     if not isinstance(start, str): return np.asarray(start, float)
-    if start not in ('native', 'extended'): raise ValueError(f"start is 'native', 'extended' or positions, not {start!r}")
+    if start not in ('native', 'extended'):
+        raise ValueError(f"start is 'native', 'extended' or positions, not {start!r}")
     return np.asarray(model.xyz, float) if start == 'native' else extended(model)
 
 # %% ../nbs/12_simulation.ipynb #3bb49f72
@@ -359,27 +381,37 @@ def simulate(model: Dynamics,
              burn_in: int = 0,           # frames discarded at the beginning
              segment: int = 250,         # frames in one piece; another number gives another trajectory
              atoms: list|None = None,    # indices of the atoms written; default all
-             keep: tuple = (),           # 'energy', 'forces' and what the model measures: written beside the frames as .npz
+             # 'energy', 'forces' and what the model measures: written beside the frames as .npz
+             keep: tuple = (),
              progress: bool = True) -> Path:
-    "Dynamics to a trajectory file. Killed at any point and called again, it goes on and ends with the same bytes. Raises ValueError if the integration fails, OSError on a full disk."
+    """Dynamics to a trajectory file. Killed at any point and called again, it goes on and ends with the same bytes.
+    Raises ValueError if the integration fails, OSError on a full disk."""
     out, x = Path(out), model.start(start)
     temperature = model.temperature if temperature is None else temperature
     if not temperature > 0: raise ValueError(f'a temperature of {temperature} K: it must be above zero')
     if out.suffix not in WRITERS: raise ValueError(f'{out}: write .xtc, .dcd or .h5')
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = dict(n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=trajectory, temperature=temperature, start=start if isinstance(start, str) else x.tolist(),
-                    burn_in=burn_in, segment=segment, atoms=None if atoms is None else [int(a) for a in atoms], keep=list(keep))
+    settings = dict(n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=trajectory,
+                    temperature=temperature, start=start if isinstance(start, str) else x.tolist(),
+                    burn_in=burn_in, segment=segment, atoms=None if atoms is None else [int(a) for a in atoms],
+                    keep=list(keep))
     task, record = _task(model, **settings), out.with_name(out.name + '.json')
     if _finished(out, record, task): return out
     state, done = _resume(out, task, model, temperature, x, derived_seed(seed, trajectory))
     with _Bar(out.name, burn_in + n_frames, done, steps_per_frame*model.time_step, progress) as bar:
         while done < burn_in + n_frames:
             n = min(segment, burn_in + n_frames - done)
-            try: frames, state = run_segment(model, state, n, steps_per_frame, temperature, derived_seed(seed, trajectory, done), bar.update, done*steps_per_frame, 'forces' in keep)
-            except mm.OpenMMException as e: raise ValueError(f'{out.name}, after frame {done}: {str(e).split("  ")[0]} The integration failed: {model.advice}') from e
+            try:
+                frames, state = run_segment(model, state, n, steps_per_frame, temperature,
+                    derived_seed(seed, trajectory, done), bar.update, done*steps_per_frame, 'forces' in keep)
+            except mm.OpenMMException as e:
+                raise ValueError(f'{out.name}, after frame {done}: {str(e).split("  ")[0]} The integration failed: '
+                                 f'{model.advice}') from e
             _check_frames(model, frames, f'{out.name}, from frame {done}')
             done += n
-            _write_arrays(_segments(out)/f'{done:09d}.npz', **_kept(model, frames, max(0, burn_in - done + n), atoms, keep), **{'state_' + k: v for k, v in state.items()})
+            _write_arrays(_segments(out)/f'{done:09d}.npz',
+                          **_kept(model, frames, max(0, burn_in - done + n), atoms, keep),
+                          **{'state_' + k: v for k, v in state.items()})
     return _finish(model, out, record, settings | dict(task=task), atoms, keep)
 
 # %% ../nbs/12_simulation.ipynb #06d82a22
@@ -387,12 +419,14 @@ def _kept(model, frames, skip, atoms, keep): # what a segment file holds
     xyz = frames['xyz']
     if model.centred: xyz = xyz - xyz.mean(axis=1, keepdims=True)
     atoms = slice(None) if atoms is None else atoms
-    return dict(xyz=xyz[skip:, atoms].astype(np.float32), top=frames['energy'].max()) | {k: frames[k][skip:] for k in keep}
+    return dict(xyz=xyz[skip:, atoms].astype(np.float32),
+                top=frames['energy'].max()) | {k: frames[k][skip:] for k in keep}
 
 def _finished(out, record, task):
     if not record.exists(): return False
     if not (out.exists() and json.loads(record.read_text())['task'] == task):
-        raise ValueError(f'{out} was made by another model, seed or length; delete it and {record.name} or choose another output')
+        raise ValueError(f'{out} was made by another model, seed or length; delete it and {record.name} or choose '
+                         f'another output')
     shutil.rmtree(_segments(out), ignore_errors=True)
     return True
 
@@ -404,14 +438,18 @@ def _pieces(files, name='xyz'): # (first frame, array), a segment at a time
         if len(x): yield first, x
         first += len(x)
 
-def _finish(model, out, record, settings, atoms, keep): # trajectory, arrays, record, in this order; then the segments go
+# trajectory, arrays, record, in this order; then the segments go
+def _finish(model, out, record, settings, atoms, keep):
     files = sorted(_segments(out).glob('[0-9]*.npz'))
     top = max(float(np.load(p)['top']) for p in files)
-    made = model.settings() | settings | dict(model=model.name, time_step=model.time_step, largest_energy=top, versions=versions())
+    made = model.settings() | settings | dict(model=model.name, time_step=model.time_step, largest_energy=top,
+                                              versions=versions())
     topology = model.native.topology if atoms is None else model.native.topology.subset(atoms)
     note = json.dumps({k: v for k, v in made.items() if not isinstance(v, list)})
-    with writing(out) as tmp: WRITERS[out.suffix](tmp, topology, _pieces(files), settings['steps_per_frame']*model.time_step, note)
-    if keep: _write_arrays(out.with_suffix('.npz'), **{k: np.concatenate([x for _, x in _pieces(files, k)]) for k in keep})
+    with writing(out) as tmp:
+        WRITERS[out.suffix](tmp, topology, _pieces(files), settings['steps_per_frame']*model.time_step, note)
+    if keep:
+        _write_arrays(out.with_suffix('.npz'), **{k: np.concatenate([x for _, x in _pieces(files, k)]) for k in keep})
     _write_text(record, json.dumps(made))
     shutil.rmtree(_segments(out))
     return out
@@ -420,19 +458,22 @@ def _finish(model, out, record, settings, atoms, keep): # trajectory, arrays, re
 def versions() -> dict: # of what decides the numbers
     "Names and versions of the program, its libraries and the machine."
     from importlib.metadata import version
-    return {n: version(n) for n in ('foldbook', 'openmm', 'mdtraj', 'numpy')} | dict(python=platform.python_version(), machine=platform.machine())
+    return {n: version(n) for n in ('foldbook', 'openmm', 'mdtraj', 'numpy')} | dict(python=platform.python_version(),
+                                                                                     machine=platform.machine())
 
 # %% ../nbs/12_simulation.ipynb #c1462483
 class _Bar:
     "A progress bar that says ns a day and the time left."
     def __init__(self, name, total, done, frame_ps, progress):
-        self.bar, self.done, self.ns = tqdm(total=total, initial=done, unit='frame', desc=name, disable=not progress), 0, frame_ps*1e-3
+        self.bar, self.done, self.ns = tqdm(total=total, initial=done, unit='frame', desc=name,
+                                            disable=not progress), 0, frame_ps*1e-3
     def __enter__(self):
         self.began = time.perf_counter()
         return self
     def update(self, n=1):
         self.done += n
-        self.bar.set_postfix_str(f'{self.done*self.ns*86400/(time.perf_counter() - self.began):.3g} ns/day', refresh=False)
+        self.bar.set_postfix_str(f'{self.done*self.ns*86400/(time.perf_counter() - self.began):.3g} ns/day',
+                                 refresh=False)
         self.bar.update(n)
     def __exit__(self, *_): self.bar.close()
 
@@ -443,8 +484,11 @@ def workers(client=None, n_workers: int|None = None): # default: one a core
     if client is not None: yield client
     else:
         from distributed import Client, LocalCluster
-        n = n_workers or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else n_workers or os.cpu_count()
-        with LocalCluster(n_workers=n, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, Client(cluster) as own: yield own
+        n = n_workers or len(os.sched_getaffinity(0)) if hasattr(os,
+                                                                 'sched_getaffinity') else n_workers or os.cpu_count()
+        with LocalCluster(n_workers=n, threads_per_worker=1, processes=True,
+                          dashboard_address=None) as cluster, Client(cluster) as own:
+            yield own
 
 # %% ../nbs/12_simulation.ipynb #5f38a179
 def ensemble(model: GoModel,
@@ -465,7 +509,8 @@ def ensemble(model: GoModel,
     model.save(directory/'model.json')
     model.native.save_pdb(str(directory/'native.pdb'))
     outs = [directory/f'{model.name}-{k}.xtc' for k in range(n_trajectories)]
-    jobs = [dict(out=out, n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=k, temperature=temperature,
+    jobs = [dict(out=out, n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=k,
+                 temperature=temperature,
                  start='extended' if k % 2 else 'native', burn_in=burn_in) for k, out in enumerate(outs)]
     simulate_all(model, jobs, client, n_workers, progress)
     if not pack: return outs
@@ -484,8 +529,10 @@ def simulate_all(model: Dynamics,
         for job in jobs: simulate(model, progress=progress, **job)
         return
     from distributed import wait
-    frames, total = lambda: sum(_frames_done(job) for job in jobs), sum(job['n_frames'] + job['burn_in'] for job in jobs)
-    with workers(client, n_workers) as c, _Bar(model.name, total, frames(), jobs[0]['steps_per_frame']*model.time_step, progress) as bar:
+    frames, total = lambda: sum(_frames_done(job) for job in jobs), sum(job['n_frames'] + job['burn_in']
+                                                                        for job in jobs)
+    with workers(client, n_workers) as c, _Bar(model.name, total, frames(), jobs[0]['steps_per_frame']*model.time_step,
+                                               progress) as bar:
         futures = [c.submit(simulate, model, progress=False, pure=False, **job) for job in jobs]
         while any(f.status == 'pending' for f in futures):
             try: wait(futures, timeout=2, return_when='ALL_COMPLETED')
@@ -518,7 +565,8 @@ def passage_times(q: np.ndarray,      # (T,) order parameter of one trajectory
                   unfolded: float = 0.25, # A is below
                   folded: float = 0.8     # B is above
                   ) -> tuple:         # folding, unfolding: frames from entering one state to entering the other
-    "First passage times between A and B, one a transition. The first passage of a trajectory is left out: it began before."
+    """First passage times between A and B, one a transition. The first passage of a trajectory is left out: it began
+    before."""
     enter, into = _entries(q, unfolded, folded)
     duration = np.diff(enter)
     return duration[into[1:] == 1], duration[into[1:] == 0]
@@ -529,7 +577,8 @@ def transitions(q: np.ndarray, unfolded: float = 0.25, folded: float = 0.8) -> i
     return len(_entries(q, unfolded, folded)[0])
 
 # %% ../nbs/12_simulation.ipynb #0426f5c3
-def _entries(q, unfolded, folded): # frames at which a state is entered from the other one, and the state: 0 is A, 1 is B
+# frames at which a state is entered from the other one, and the state: 0 is A, 1 is B
+def _entries(q, unfolded, folded):
     state = np.where(q < unfolded, 0, np.where(q > folded, 1, -1))
     at = np.flatnonzero(state >= 0)
     enter = at[np.flatnonzero(np.diff(state[at])) + 1]
@@ -537,14 +586,16 @@ def _entries(q, unfolded, folded): # frames at which a state is entered from the
 
 # %% ../nbs/12_simulation.ipynb #7c9f911d
 def plot_contacts(model: GoModel, xyz=None, ax=None): # xyz: (T, N, 3) nm, optional
-    "Map of native contacts, numbered from 1: above the diagonal the contacts, below it how often each is formed in the given frames."
+    """Map of native contacts, numbered from 1: above the diagonal the contacts, below it how often each is formed in
+    the given frames."""
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 4.5))[1]
     i, j = model.contacts.T + 1
     ax.scatter(i, j, marker='s', s=14, color='0.4')
     if xyz is not None:
         formed = (contact_distances(model, xyz) < 1.2*model.contact_lengths).mean(axis=0)
-        ax.figure.colorbar(ax.scatter(j, i, marker='s', s=14, c=formed, cmap='viridis', vmin=0, vmax=1), label='how often formed')
+        ax.figure.colorbar(ax.scatter(j, i, marker='s', s=14, c=formed, cmap='viridis', vmin=0, vmax=1), label='how '
+                           'often formed')
     ax.plot([1, len(model.xyz)], [1, len(model.xyz)], color='0.8', lw=1)
     ax.set(xlabel='residue', ylabel='residue', aspect='equal')
     return ax
@@ -553,7 +604,8 @@ def plot_contacts(model: GoModel, xyz=None, ax=None): # xyz: (T, N, 3) nm, optio
 def plot_q(q: list, spacing_ps: float, ax=None):
     "The fraction of native contacts in time, one row a trajectory."
     import matplotlib.pyplot as plt
-    ax = plt.subplots(len(q), 1, figsize=(7, 1.2*len(q) + 0.5), sharex=True, squeeze=False)[1][:, 0] if ax is None else ax
+    ax = plt.subplots(len(q), 1, figsize=(7, 1.2*len(q) + 0.5), sharex=True, squeeze=False)[1][:,
+                                                                                               0] if ax is None else ax
     for a, x in zip(ax, q):
         a.plot(np.arange(len(x))*spacing_ps*1e-3, x, lw=0.4)
         a.axhspan(0.8, 1, alpha=0.15, color='C1')
@@ -609,12 +661,15 @@ def _fit_two_states(temperatures, folded): # (T_f, H), standard error of T_f
     for _ in range(3): # first all alike, then each with the spread of a fraction, which is largest at one half
         best, cov = curve_fit(two_states, T, p, p0=best, sigma=sigma, ftol=1e-12, xtol=1e-12, maxfev=10_000)
         sigma = np.sqrt((law := two_states(T, *best))*(1 - law) + 0.001)
-    if not best[1] > 0: raise ValueError('the folded fraction rises with T: the runs are too short to fold where it is cold')
+    if not best[1] > 0:
+        raise ValueError('the folded fraction rises with T: the runs are too short to fold where it is cold')
     return tuple(best), float(cov[0, 0]**0.5)
 
 def _check_crossing(T, p):
-    if len(T) != len(p) or len(set(T)) < 3: raise ValueError('a folded fraction for each run, at three temperatures or more')
-    if not np.isfinite(p).all() or p.min() < 0 or p.max() > 1: raise ValueError('a folded fraction lies between 0 and 1')
+    if len(T) != len(p) or len(set(T)) < 3:
+        raise ValueError('a folded fraction for each run, at three temperatures or more')
+    if not np.isfinite(p).all() or p.min() < 0 or p.max() > 1:
+        raise ValueError('a folded fraction lies between 0 and 1')
     mean = {t: p[T == t].mean() for t in sorted(set(T))}
     if min(mean.values()) > 0.5: raise ValueError(f'all folded up to T = {max(mean):g} K: scan higher')
     if max(mean.values()) < 0.5: raise ValueError(f'all unfolded down to T = {min(mean):g} K: scan lower')
@@ -630,21 +685,26 @@ def folding_curve(model: GoModel,
                   client=None,                 # a `distributed.Client`; default local processes
                   n_workers: int|None = None,  # default one a core; 1 works in this process
                   progress: bool = True
-                  ) -> pd.DataFrame:           # a row a run: T, start, folded (fraction of frames with Q > 0.5), transitions
+                  # a row a run: T, start, folded (fraction of frames with Q > 0.5), transitions
+                  ) -> pd.DataFrame:
     "A native and a stretched start at each temperature. Resumable like `simulate`; more temperatures can be added."
     Path(directory).mkdir(parents=True, exist_ok=True)
-    jobs = [dict(out=Path(directory)/f'{model.name}-{T:g}-{start}.xtc', n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=2*round(1000*float(T)) + s,
-                 temperature=float(T), start=start, burn_in=burn_in) for T in temperatures for s, start in enumerate(('native', 'extended'))]
+    jobs = [dict(out=Path(directory)/f'{model.name}-{T:g}-{start}.xtc', n_frames=n_frames,
+                 steps_per_frame=steps_per_frame, seed=seed, trajectory=2*round(1000*float(T)) + s,
+                 temperature=float(T), start=start, burn_in=burn_in) for T in temperatures
+                 for s, start in enumerate(('native', 'extended'))]
     simulate_all(model, jobs, client, n_workers, progress)
     q = [native_fraction(model, md.load(str(job['out']), top=model.native).xyz) for job in jobs]
-    return pd.DataFrame([dict(T=job['temperature'], start=job['start'], folded=(x > 0.5).mean(), transitions=transitions(x)) for job, x in zip(jobs, q)])
+    return pd.DataFrame([dict(T=job['temperature'], start=job['start'], folded=(x > 0.5).mean(),
+                              transitions=transitions(x)) for job, x in zip(jobs, q)])
 
 # %% ../nbs/12_simulation.ipynb #25f63014
 def plot_folding_curve(curve: pd.DataFrame, ax=None): # as `folding_curve` returns
     "Folded fraction of each run, the two-state law through them and the folding temperature with its error."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 3.5))[1]
-    for (start, rows), marker in zip(curve.groupby('start'), 'so'): ax.plot(rows['T'], rows['folded'], marker, ms=6, label=f'{start} start')
+    for (start, rows), marker in zip(curve.groupby('start'), 'so'):
+        ax.plot(rows['T'], rows['folded'], marker, ms=6, label=f'{start} start')
     (T_f, H), error = _fit_two_states(curve['T'], curve['folded'])
     T = np.linspace(curve['T'].min(), curve['T'].max(), 200)
     ax.plot(T, two_states(T, T_f, H), color='0.4', lw=1)
@@ -660,7 +720,8 @@ def net_flux_t(labels: list,    # (T,) cell of each frame, one array a trajector
                least: int = 100 # passages both ways that a pair of cells needs in all
                ) -> np.ndarray: # (n_pairs,) Student's t with len(labels) - 1 degrees of freedom under detailed balance
     "Net passages between pairs of cells: mean over trajectories in units of its standard error."
-    counts = np.stack([np.bincount(a[:-lag]*n_cells + a[lag:], minlength=n_cells**2).reshape(n_cells, n_cells) for a in labels])
+    counts = np.stack([np.bincount(a[:-lag]*n_cells + a[lag:], minlength=n_cells**2).reshape(n_cells, n_cells)
+                       for a in labels])
     i, j = np.triu_indices(n_cells, 1)
     net, both = counts[:, i, j] - counts[:, j, i], counts[:, i, j] + counts[:, j, i]
     se = net.std(axis=0, ddof=1)/len(labels)**0.5
@@ -678,7 +739,8 @@ def shoot_frame(model: GoModel,
                 max_frames: int = 5000, # a shot longer than this stays undecided
                 temperature: float|None = None # K; default the model's
                 ) -> np.ndarray:        # (n_shots,) int8: 1 folded first, 0 unfolded first, -1 undecided
-    "Outcomes of dynamics from one frame with fresh Maxwell velocities; a function of its arguments, so that a batch of shots can be repeated."
+    """Outcomes of dynamics from one frame with fresh Maxwell velocities; a function of its arguments, so that a
+    batch of shots can be repeated."""
     temperature = model.temperature if temperature is None else temperature
     _check_shooting(n_shots, temperature)
     context = model.context(temperature, derived_seed(seed))
@@ -699,18 +761,21 @@ def next_batch(outcomes: np.ndarray,            # shots of one frame: 1, 0, -1 u
                n_shots: int,                    # the first batch
                target_error: float|None = None  # None: the first batch is all
                ) -> int:                        # 0: enough
-    "How many shots a frame needs next, by the binomial law and its own outcomes; at most as many as it has had, and as there is room for."
+    """How many shots a frame needs next, by the binomial law and its own outcomes; at most as many as it has had,
+    and as there is room for."""
     shot = int((outcomes > -2).sum())
     folded, n = int((outcomes == 1).sum()), int((outcomes >= 0).sum())
     if not shot: return n_shots
     if target_error is None or not n: return 0
     q = (folded + 1)/(n + 2)
-    missing = int(np.ceil(max(q*(1 - q)/target_error**2, 0.5/target_error))) - n # the second: one shot must not be wider than the error
+    # the second: one shot must not be wider than the error
+    missing = int(np.ceil(max(q*(1 - q)/target_error**2, 0.5/target_error))) - n
     return max(0, min(missing, shot, len(outcomes) - shot))
 
 # %% ../nbs/12_simulation.ipynb #e1c9d6b8
 def batch_sizes(outcomes: np.ndarray, n_shots: int, target_error: float|None = None) -> list: # of int
-    "The batches in which the shots of one frame were made: batch b from `shoot_frame` with `shot_seed(seed, frame, b)`."
+    """The batches in which the shots of one frame were made: batch b from `shoot_frame` with `shot_seed(seed, frame,
+    b)`."""
     sizes, total = [], int((outcomes > -2).sum())
     while sum(sizes) < total:
         n = next_batch(np.where(np.arange(len(outcomes)) < sum(sizes), outcomes, -2), n_shots, target_error)
@@ -735,22 +800,28 @@ def shoot(model: GoModel,
           n_workers: int|None = None, # default one a core; 1 works in this process
           progress: bool = True,
           **settings                # of `shoot_frame`
-          ) -> np.ndarray:          # (n_frames, n_shots or max_shots) int8: 1 folded first, 0 unfolded first, -1 undecided, -2 not shot
-    "Outcomes of shots from each frame, a fixed number or as many as an error asks for. Undecided shots are counted and reported."
-    _check_shooting(n_shots, model.temperature if settings.get('temperature') is None else settings['temperature'], target_error, max_shots)
+          # (n_frames, n_shots or max_shots) int8: 1 folded first, 0 unfolded first, -1 undecided, -2 not shot
+          ) -> np.ndarray:
+    """Outcomes of shots from each frame, a fixed number or as many as an error asks for. Undecided shots are counted
+    and reported."""
+    _check_shooting(n_shots, model.temperature if settings.get('temperature') is None else settings['temperature'],
+                    target_error, max_shots)
     xyz = np.asarray(xyz, float)
     adaptive = {} if target_error is None else dict(target_error=target_error, max_shots=max_shots)
-    task = _task(model, xyz=hashlib.sha256(xyz.round(6).tobytes()).hexdigest(), n_shots=n_shots, seed=seed, **adaptive, **settings)
+    task = _task(model, xyz=hashlib.sha256(xyz.round(6).tobytes()).hexdigest(), n_shots=n_shots, seed=seed, **adaptive,
+                 **settings)
     outcomes, batches = _shots_so_far(out, task, len(xyz), max_shots if adaptive else n_shots)
     need = lambda k: next_batch(outcomes[k], n_shots, target_error)
     job = lambda k: (model, xyz[k], shot_seed(seed, int(k), int(batches[k])), need(k))
-    with tqdm(total=len(xyz), initial=sum(not need(k) for k in range(len(xyz))), desc='shooting', unit='frame', disable=not progress) as bar:
+    with tqdm(total=len(xyz), initial=sum(not need(k) for k in range(len(xyz))), desc='shooting', unit='frame',
+              disable=not progress) as bar:
         for k, o in _shots(job, [k for k in range(len(xyz)) if need(k)], need, settings, client, n_workers):
             first = (outcomes[k] > -2).sum()
             outcomes[k, first:first + len(o)], batches[k] = o, batches[k] + 1
             if out: _write_arrays(Path(out), outcomes=outcomes, batches=batches, task=task)
             bar.update(not need(k))
-    if (n := int((outcomes == -1).sum())): print(f'{n} of {(outcomes > -2).sum()} shots reached neither state and stay undecided (-1)')
+    if (n := int((outcomes == -1).sum())):
+        print(f'{n} of {(outcomes > -2).sum()} shots reached neither state and stay undecided (-1)')
     return outcomes
 
 # %% ../nbs/12_simulation.ipynb #28ef8cf2
@@ -764,12 +835,15 @@ def _check_shooting(n_shots, temperature, target_error=None, max_shots=None):
 def _shots_so_far(out, task, n_frames, n_shots): # outcomes, number of batches of each frame
     if out and Path(out).exists():
         z = np.load(out)
-        if str(z['task']) != task: raise ValueError(f'{out} holds shots of another model, seed or set of frames; delete it or choose another output')
+        if str(z['task']) != task:
+            raise ValueError(f'{out} holds shots of another model, seed or set of frames; delete it or choose another '
+                             f'output')
         return z['outcomes'].copy(), z['batches'].copy()
     return np.full((n_frames, n_shots), -2, np.int8), np.zeros(n_frames, int)
 
 # %% ../nbs/12_simulation.ipynb #866db13c
-def _shots(job, left, need, settings, client, n_workers): # yields (frame, outcomes of a batch) as they come; the caller notes them before it asks on
+# yields (frame, outcomes of a batch) as they come; the caller notes them before it asks on
+def _shots(job, left, need, settings, client, n_workers):
     if (n_workers == 1 and client is None) or not len(left):
         for k in left:
             while need(k): yield k, shoot_frame(*job(k), **settings)
@@ -789,7 +863,8 @@ def _shots(job, left, need, settings, client, n_workers): # yields (frame, outco
 # %% ../nbs/12_simulation.ipynb #59f55ba5
 def committor_estimate(outcomes: np.ndarray # (n_frames, n_shots) int8
                        ) -> tuple:          # q (n_frames,), standard error
-    "Fraction of folded ends and its binomial standard error, undecided shots (-1) and those not made (-2) left out; nan without a decided shot."
+    """Fraction of folded ends and its binomial standard error, undecided shots (-1) and those not made (-2) left
+    out; nan without a decided shot."""
     n = (outcomes >= 0).sum(axis=1)
     with np.errstate(invalid='ignore', divide='ignore'):
         q = (outcomes == 1).sum(axis=1)/n
@@ -804,7 +879,8 @@ def choose_frames(q: list,             # order parameter of each trajectory
     "Frames between the states, spread evenly over `q`; none twice."
     pool = np.array([(k, t) for k in trajectories for t in np.flatnonzero((q[k] >= unfolded) & (q[k] <= folded))])
     if len(pool) < n: raise ValueError(f'only {len(pool)} frames lie between the states; ask for fewer than {n}')
-    value = np.array([q[k][t] for k, t in pool]) + np.random.default_rng(seed).uniform(0, 1e-6, len(pool)) # ties broken by chance
+    # ties broken by chance
+    value = np.array([q[k][t] for k, t in pool]) + np.random.default_rng(seed).uniform(0, 1e-6, len(pool))
     chosen = []
     for target in np.linspace(value.min(), value.max(), n):
         distance = abs(value - target)
@@ -821,16 +897,20 @@ def shoot_ensemble(model: GoModel,
                    n_shots: int = 40,   # a frame
                    seed: int = 1,
                    **settings           # of `shoot`
-                   ) -> dict:           # arrays 'trajectory', 'frame', 'outcomes'; numbers 'seed', 'steps_per_frame'; with a target also 'target_error' and the sizes of the 'batches'
+                   # arrays 'trajectory', 'frame', 'outcomes'; numbers 'seed', 'steps_per_frame'; with a target also
+                   # 'target_error' and the sizes of the 'batches'
+                   ) -> dict:
     "Choose frames spread over Q in the given trajectories and shoot from each."
     out = Path(out)
     chosen = choose_frames([native_fraction(model, x) for x in xyz], trajectories, n, seed=seed)
     so_far = out.with_name(out.name + '.part.npz')
     outcomes = shoot(model, np.stack([xyz[k][t] for k, t in chosen]), n_shots, seed, so_far, **settings)
-    result = dict(trajectory=chosen[:, 0].astype(np.int8), frame=chosen[:, 1].astype(np.int32), outcomes=outcomes, seed=seed, steps_per_frame=settings.get('steps_per_frame', 1500))
+    result = dict(trajectory=chosen[:, 0].astype(np.int8), frame=chosen[:, 1].astype(np.int32), outcomes=outcomes,
+                  seed=seed, steps_per_frame=settings.get('steps_per_frame', 1500))
     if (error := settings.get('target_error')) is not None:
         sizes = [batch_sizes(o, n_shots, error) for o in outcomes]
-        result |= dict(target_error=error, batches=np.array([s + [0]*(max(map(len, sizes)) - len(s)) for s in sizes], np.int16))
+        result |= dict(target_error=error, batches=np.array([s + [0]*(max(map(len, sizes)) - len(s)) for s in sizes],
+                                                            np.int16))
     _write_arrays(out, **result)
     so_far.unlink()
     return result

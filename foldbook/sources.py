@@ -62,7 +62,8 @@ class Frames:
                    step: int = 1) -> md.Trajectory: # nm, ps
         "Some of the frames in memory."
         part = slice(start, stop, step)
-        t = md.Trajectory(self.xyz[part], self.topology, time=np.arange(len(self))[part]*(self.spacing_ps or 1.)) # frame numbers where the spacing is unknown
+        # frame numbers where the spacing is unknown
+        t = md.Trajectory(self.xyz[part], self.topology, time=np.arange(len(self))[part]*(self.spacing_ps or 1.))
         if self.box is not None: t.unitcell_vectors = np.repeat(self.box[None], len(t), axis=0).astype(np.float32)
         return t
 
@@ -92,11 +93,14 @@ def blame(path: Path # the file that is being read
     except _BROKEN as e:
         if str(path) in str(e) and isinstance(e, ValueError): raise
         why = (str(e).strip().splitlines() or [type(e).__name__])[-1]
-        raise ValueError(f'{path}: cannot be read: {why}. The file is damaged, cut short or of another format; delete it and fetch again') from e
+        raise ValueError(f'{path}: cannot be read: {why}. The file is damaged, cut short or of another format; delete '
+                         f'it and fetch again') from e
 
 # %% ../nbs/17_sources.ipynb #61852e5e
 def _find(d, pattern): # files of a data set, at least one
-    if not (found := sorted(p for p in d.directory.rglob(pattern) if p.is_file())): raise FileNotFoundError(f'data set {d.name!r}: {d.directory} has no file {pattern}; delete the directory and fetch again')
+    if not (found := sorted(p for p in d.directory.rglob(pattern) if p.is_file())):
+        raise FileNotFoundError(f'data set {d.name!r}: {d.directory} has no file {pattern}; delete the directory and '
+                                f'fetch again')
     return found
 
 # %% ../nbs/17_sources.ipynb #a576f139
@@ -113,12 +117,14 @@ def _positions(path, factor, shape=None): # (T, N, 3), or an error
     return _checked(path, _npy(path, factor), shape)
 
 def _checked(path, a, shape=None):
-    if len(a.shape) != 3 or a.shape[-1] != 3: raise ValueError(f'{path}: has shape {a.shape}, but (frames, atoms, 3) is wanted')
+    if len(a.shape) != 3 or a.shape[-1] != 3:
+        raise ValueError(f'{path}: has shape {a.shape}, but (frames, atoms, 3) is wanted')
     if shape and a.shape != shape: raise ValueError(f'{path}: has shape {a.shape}, but the positions have {shape}')
     return a
 
 # %% ../nbs/17_sources.ipynb #0f2f31c7
-BEADS = dict(enumerate('ALA GLY PHE TYR ASP GLU TRP PRO ASN GLN HIS SER THR VAL MET CYS NLE'.split(), 1)) | {19: 'ARG', 20: 'LYS', 21: 'LEU', 22: 'ILE'}
+BEADS = dict(enumerate('ALA GLY PHE TYR ASP GLU TRP PRO ASN GLN HIS SER THR VAL MET CYS NLE'.split(), 1)) | {19: 'ARG',
+    20: 'LYS', 21: 'LEU', 22: 'ILE'}
 
 def ca_chain(residues: list # three-letter names
              ) -> md.Topology:
@@ -135,10 +141,13 @@ _SEQUENCES = dict(torchmd_chignolin='TYR TYR ASP PRO GLU THR GLY THR TRP TYR') #
 
 def _bead_types(d: DataSet, n: int) -> np.ndarray: # (n,) integers
     "Types of the beads; ValueError if they do not fit the positions."
-    if d.name in _SEQUENCES: types, path = np.array([k for r in _SEQUENCES[d.name].split() for k, v in BEADS.items() if v == r]), d.name
+    if d.name in _SEQUENCES:
+        types, path = np.array([k for r in _SEQUENCES[d.name].split() for k, v in BEADS.items() if v == r]), d.name
     else: types = _npy(path := _find(d, '*_ca_embeddings.npy')[0])[:].astype(int)
-    if types.shape != (n,): raise ValueError(f'{path}: has bead types of shape {types.shape}, but the positions have {n} beads')
-    if unknown := set(types.tolist()) - set(BEADS): raise ValueError(f'{path}: {sorted(unknown)} are no bead types; known are 1 to 22 without 18')
+    if types.shape != (n,):
+        raise ValueError(f'{path}: has bead types of shape {types.shape}, but the positions have {n} beads')
+    if unknown := set(types.tolist()) - set(BEADS):
+        raise ValueError(f'{path}: {sorted(unknown)} are no bead types; known are 1 to 22 without 18')
     return types
 
 # %% ../nbs/17_sources.ipynb #8aee9a43
@@ -149,7 +158,8 @@ def read_ca_arrays(d: DataSet) -> CoarseGrained:
     types = _bead_types(d, xyz.shape[1])
     force = lambda kind: _positions(_find(d, f'*_ca_{kind}.npy')[0], FORCE, xyz.shape)
     delta = force('deltaforces') if any(f.name.endswith('_deltaforces.npy') for f in d.files) else None
-    return CoarseGrained(xyz, force('forces'), ca_chain([BEADS[k] for k in types.tolist()]), d.frame_spacing_ps, d.temperature_kelvin, bead_types=types, deltaforces=delta)
+    return CoarseGrained(xyz, force('forces'), ca_chain([BEADS[k] for k in types.tolist()]), d.frame_spacing_ps,
+                         d.temperature_kelvin, bead_types=types, deltaforces=delta)
 
 # %% ../nbs/17_sources.ipynb #7117ca7a
 def _dry(path): # topology without water
@@ -176,7 +186,8 @@ def read_atom_arrays(d: DataSet) -> list: # of Frames
     for k, path in enumerate(_find(d, 'chig_coor_*.npy')):
         xyz = _positions(path, ANGSTROM)
         partner = _find(d, path.name.replace('chig_coor_', 'chig_force_'))[0]
-        out.append(Frames(xyz, _positions(partner, FORCE, xyz.shape), _fits(pdb, top, xyz.shape[1]), d.frame_spacing_ps, d.temperature_kelvin, k))
+        out.append(Frames(xyz, _positions(partner, FORCE, xyz.shape), _fits(pdb, top, xyz.shape[1]), d.frame_spacing_ps,
+                          d.temperature_kelvin, k))
     return out
 
 # %% ../nbs/17_sources.ipynb #543f49e5
@@ -203,7 +214,8 @@ def read_mdcath(d: DataSet,
         if not runs: raise ValueError('there is no group of a domain, a temperature and a replica')
         top = _pdb_topology(domain['pdbProteinAtoms'][()])
         out = [_run(path, g, top, d.frame_spacing_ps) for g in runs]
-    chosen = [r for r in out if r.temperature_kelvin in (temperatures or [r.temperature_kelvin]) and r.replica in (replicas or [r.replica])]
+    chosen = [r for r in out if r.temperature_kelvin in (temperatures or [r.temperature_kelvin])
+              and r.replica in (replicas or [r.replica])]
     return sorted(chosen, key=lambda r: (r.temperature_kelvin, r.replica))
 
 # %% ../nbs/17_sources.ipynb #f2e8aad7
@@ -212,7 +224,8 @@ def _run(path, group, top, spacing):
     xyz = _checked(path, array('coords', ANGSTROM))
     _fits(path, top, xyz.shape[1])
     _, temperature, replica = group.name.strip('/').split('/')
-    return Frames(xyz, _checked(path, array('forces', FORCE), xyz.shape), top, spacing, float(temperature), int(replica), group['box'][()])
+    return Frames(xyz, _checked(path, array('forces', FORCE), xyz.shape), top, spacing, float(temperature),
+                  int(replica), group['box'][()])
 
 # %% ../nbs/17_sources.ipynb #dcfb415a
 def read_npz_series(d: DataSet) -> Series:
@@ -221,7 +234,8 @@ def read_npz_series(d: DataSet) -> Series:
     with blame(path), np.load(path, allow_pickle=False) as z:
         keys = sorted((k for k in z if re.fullmatch(r'arr_\d+', k)), key=lambda k: int(k[4:])) or ['trajectory']
         values = [z[k] for k in keys]
-    if bad := [f'{k} {v.shape}' for k, v in zip(keys, values) if v.ndim != 2 or v.shape[1] != values[0].shape[1]]: raise ValueError(f'{path}: {", ".join(bad)}: (frames, columns) is wanted')
+    if bad := [f'{k} {v.shape}' for k, v in zip(keys, values) if v.ndim != 2 or v.shape[1] != values[0].shape[1]]:
+        raise ValueError(f'{path}: {", ".join(bad)}: (frames, columns) is wanted')
     angles = d.units.startswith('rad')
     n = values[0].shape[1]
     columns = ('phi', 'psi') if angles and n == 2 else tuple(f'x{k}' for k in range(n))
@@ -231,8 +245,11 @@ def read_npz_series(d: DataSet) -> Series:
 def _numbers(path: Path, columns: int|None = None) -> np.ndarray: # (T, F) float32
     "Numbers of a text file, compressed or not; ValueError with the line that lacks one."
     with blame(path): t = pd.read_csv(path, sep=r'\s+', comment='#', header=None, dtype=np.float32).to_numpy()
-    if columns not in (None, t.shape[1]): raise ValueError(f'{path}: has {t.shape[1]} columns, but {columns} are wanted')
-    if (bad := ~np.isfinite(t).all(axis=1)).any(): raise ValueError(f'{path}: row {bad.argmax() + 1} of {len(t)} has not {t.shape[1]} numbers; the file is damaged or cut short, delete it and fetch again')
+    if columns not in (None, t.shape[1]):
+        raise ValueError(f'{path}: has {t.shape[1]} columns, but {columns} are wanted')
+    if (bad := ~np.isfinite(t).all(axis=1)).any():
+        raise ValueError(f'{path}: row {bad.argmax() + 1} of {len(t)} has not {t.shape[1]} numbers; the file is '
+                         f'damaged or cut short, delete it and fetch again')
     return t
 
 # %% ../nbs/17_sources.ipynb #c18f2771
@@ -252,18 +269,26 @@ def read_hp35(d: DataSet) -> dict: # 'dihedrals' and 'distances', each a Series
     angles = tuple(f'{a}{k}' for k in range(2, 35) for a in ('phi', 'psi'))
     contacts = tuple(f'd_{i}_{j}' for i, j in pairs)
     describe = lambda columns, unit, atoms: Features(columns, (unit,)*len(columns), atoms)
-    dihedrals = Series([_mapped(_find(d, '*.dihs.shifted.bz2')[0], 66)], describe(angles, 'rad', ((),)*66), d.frame_spacing_ps)
-    distances = Series([_mapped(_find(d, '*.mindists2.bz2')[0], len(pairs))], describe(contacts, 'nm', tuple((f'residue {i}', f'residue {j}') for i, j in pairs)), d.frame_spacing_ps)
-    if len(dihedrals.values[0]) != len(distances.values[0]): raise ValueError(f'{d.directory}: {len(dihedrals.values[0])} frames of dihedrals, but {len(distances.values[0])} of distances')
+    dihedrals = Series([_mapped(_find(d, '*.dihs.shifted.bz2')[0], 66)], describe(angles, 'rad', ((),)*66),
+                       d.frame_spacing_ps)
+    distances = Series([_mapped(_find(d, '*.mindists2.bz2')[0], len(pairs))],
+        describe(contacts, 'nm', tuple((f'residue {i}', f'residue {j}') for i, j in pairs)), d.frame_spacing_ps)
+    if len(dihedrals.values[0]) != len(distances.values[0]):
+        raise ValueError(f'{d.directory}: {len(dihedrals.values[0])} frames of dihedrals, but '
+                         f'{len(distances.values[0])} of distances')
     return dict(dihedrals=dihedrals, distances=distances)
 
 # %% ../nbs/17_sources.ipynb #9d222a58
 def read_rmsd(d: DataSet) -> Series:
     "An RMSD series: the last number of each line."
     path = _find(d, d.files[0].name)[0]
-    with blame(path): values = np.array([line.split()[-1:] for line in path.read_text().splitlines()], np.float32)*np.float32(ANGSTROM)
-    if not (len(values) and np.isfinite(values).all()): raise ValueError(f'{path}: has no lines, or a line whose last number is not finite; delete it and fetch again')
-    if not path.read_bytes().endswith(b'\n'): warnings.warn(f'{path}: the last line does not end; its number may be cut', stacklevel=2)
+    with blame(path):
+        values = np.array([line.split()[-1:] for line in path.read_text().splitlines()],
+                          np.float32)*np.float32(ANGSTROM)
+    if not (len(values) and np.isfinite(values).all()):
+        raise ValueError(f'{path}: has no lines, or a line whose last number is not finite; delete it and fetch again')
+    if not path.read_bytes().endswith(b'\n'):
+        warnings.warn(f'{path}: the last line does not end; its number may be cut', stacklevel=2)
     return Series([values], Features(('RMSD',), ('nm',), ((),)), d.frame_spacing_ps)
 
 # %% ../nbs/17_sources.ipynb #0aec1855
@@ -273,10 +298,13 @@ def read_trajectories(d: DataSet,
                       ) -> list:                 # of mdtraj.Trajectory, one a file
     "Trajectories in memory; for more than fits, use `foldbook.data.stream_frames`."
     files, top = d.trajectories, d.topology
-    if not files: raise FileNotFoundError(f'data set {d.name!r}: {d.directory} has no file {d.trajectory_pattern}; delete the directory and fetch again')
+    if not files:
+        raise FileNotFoundError(f'data set {d.name!r}: {d.directory} has no file {d.trajectory_pattern}; delete the '
+                                f'directory and fetch again')
     pick = None if atoms is None else md.load_topology(str(top)).select(atoms)
     parts = [[] for _ in files]
-    for k, piece in stream_frames(files, top, chunk=stride*max(1, 1000//stride), atoms=pick): parts[k].append(piece[::stride])
+    for k, piece in stream_frames(files, top, chunk=stride*max(1, 1000//stride), atoms=pick):
+        parts[k].append(piece[::stride])
     return [_timed(md.join(p), d.frame_spacing_ps, stride) for p in parts]
 
 # %% ../nbs/17_sources.ipynb #049b53b1
@@ -293,7 +321,8 @@ def read_structures(d: DataSet) -> dict: # name of the file -> mdtraj.Trajectory
     return out
 
 # %% ../nbs/17_sources.ipynb #154525f5
-READERS = {'trajectories': read_trajectories, 'structures': read_structures, 'C-alpha arrays': read_ca_arrays, 'all-atom arrays': read_atom_arrays, 'npz forces': read_npz_forces,
+READERS = {'trajectories': read_trajectories, 'structures': read_structures, 'C-alpha arrays': read_ca_arrays,
+           'all-atom arrays': read_atom_arrays, 'npz forces': read_npz_forces,
            'npz series': read_npz_series, 'mdCATH': read_mdcath, 'HP35 text': read_hp35, 'RMSD text': read_rmsd}
 
 # %% ../nbs/17_sources.ipynb #b0765bf1
@@ -303,13 +332,15 @@ def load(dataset: str|DataSet,          # a name of the register, 'name:id', or 
          **options):                    # of the reader: `stride`, `atoms`; `temperatures`, `replicas`
     "Fetch a data set if needed and read it, in nm, ps, kJ/mol, K and radians. Raises ValueError naming a bad file."
     d = info(dataset) if isinstance(dataset, str) else dataset
-    if d.format not in READERS: raise KeyError(f'data set {d.name!r}: no reader for the format {d.format!r}; there are: {", ".join(READERS)}')
+    if d.format not in READERS:
+        raise KeyError(f'data set {d.name!r}: no reader for the format {d.format!r}; there are: {", ".join(READERS)}')
     return READERS[d.format](fetch(d, progress, cache), **options)
 
 # %% ../nbs/17_sources.ipynb #724fe04f
 def overview() -> pd.DataFrame: # index: name
     "Every set of the register: size, licence, and what `load` returns."
-    rows = [dict(name=n, kind=d.kind, MB=None if d.size is None else round(d.size/1e6, 1), licence=d.licence, restricted=is_restricted(d), load=READERS[d.format].__doc__) for n, d in ((n, info(n)) for n in names())]
+    rows = [dict(name=n, kind=d.kind, MB=None if d.size is None else round(d.size/1e6, 1), licence=d.licence,
+        restricted=is_restricted(d), load=READERS[d.format].__doc__) for n, d in ((n, info(n)) for n in names())]
     return pd.DataFrame(rows).set_index('name')
 
 # %% ../nbs/17_sources.ipynb #79040c3e

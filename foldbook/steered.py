@@ -42,7 +42,9 @@ class PulledModel(AtomicModel):
     @cached_property
     def length(self): return float(np.linalg.norm(np.subtract(*self.molecule.positions[list(self.ends)])))
     def advance(self, context, n_steps, first_step): return _pull(self, context, n_steps, first_step)
-    def settings(self): return AtomicModel.settings(self) | {k: getattr(self, k) for k in ('spring_constant', 'speed', 'still_steps', 'update')}
+    def settings(self):
+        return AtomicModel.settings(self) | {k: getattr(self, k)
+                                             for k in ('spring_constant', 'speed', 'still_steps', 'update')}
 
 # %% ../nbs/16_steered.ipynb #x16e
 def _ends(model): # indices of the first and the last C-alpha
@@ -97,11 +99,13 @@ def plot_first_law(gain: np.ndarray, work: np.ndarray, ax=None):
 def jarzynski(work: np.ndarray, # (n_pulls,) or (n_pulls, T), kJ/mol
               temperature: float # K
               ) -> dict:         # 'mean', 'exponential', 'cumulant': (T,) or numbers, kJ/mol
-    "Free energy from the work of repeated pulls: the mean work (an upper bound), Jarzynski's average, its second-order form (Jarzynski 1997, eqs. 2 and 7). Raises ValueError for one pull."
+    """Free energy from the work of repeated pulls: the mean work (an upper bound), Jarzynski's average, its
+    second-order form (Jarzynski 1997, eqs. 2 and 7). Raises ValueError for one pull."""
     from scipy.special import logsumexp
     work, kT = np.asarray(work, float), BOLTZMANN*temperature
     if len(work) < 2: raise ValueError('an average over pulls needs at least two')
-    return dict(mean=work.mean(axis=0), exponential=-kT*(logsumexp(-work/kT, axis=0) - np.log(len(work))), cumulant=work.mean(axis=0) - work.var(axis=0, ddof=1)/(2*kT))
+    return dict(mean=work.mean(axis=0), exponential=-kT*(logsumexp(-work/kT, axis=0) - np.log(len(work))),
+                cumulant=work.mean(axis=0) - work.var(axis=0, ddof=1)/(2*kT))
 
 # %% ../nbs/16_steered.ipynb #x16m
 def smd(molecule: Molecule,
@@ -116,14 +120,18 @@ def smd(molecule: Molecule,
         client=None, n_workers: int|None = None, progress: bool = True,
         **settings                    # other fields of `PulledModel`
         ) -> list:                    # of Path
-    "Constant-velocity pulling of the last C-alpha, the first held; resumable like `simulate`. Raises ValueError if the trap would not move outwards."
+    """Constant-velocity pulling of the last C-alpha, the first held; resumable like `simulate`. Raises ValueError if
+    the trap would not move outwards."""
     directory, model = Path(directory), PulledModel(molecule, still_steps=still_frames*steps_per_frame, **settings)
     target = 0.36*(molecule.topology.getNumResidues() - 1) if target is None else target
     if not model.speed > 0: raise ValueError(f'a speed of {model.speed} nm/ps: the trap must move outwards')
-    if not target > model.length: raise ValueError(f'{model.name}: its ends are {model.length:.2f} nm apart already; pull further than that, not to {target:.2f} nm')
+    if not target > model.length:
+        raise ValueError(f'{model.name}: its ends are {model.length:.2f} nm apart already; pull further than that, '
+                         f'not to {target:.2f} nm')
     model = prepared(model, directory)
     n_frames = round((target - model.length)/(model.speed*model.time_step*steps_per_frame))
-    return run_atomic(model, directory, n_frames, steps_per_frame, n_replicas, seed, still_frames, atoms, ('energy', *MEASURED), suffix, client, n_workers, progress)
+    return run_atomic(model, directory, n_frames, steps_per_frame, n_replicas, seed, still_frames, atoms,
+                      ('energy', *MEASURED), suffix, client, n_workers, progress)
 
 # %% ../nbs/16_steered.ipynb #x16n
 def pulls(files: list # npz files that `smd` wrote, one a replica
@@ -140,7 +148,8 @@ def plot_pulls(p: dict, # as from `pulls`
     import matplotlib.pyplot as plt
     axes = plt.subplots(1, 2, figsize=(9, 3.3), layout='constrained')[1] if axes is None else axes
     for k, (trap, force, work) in enumerate(zip(p['trap'], p['force'], p['work'])):
-        axes[0].plot(trap[window//2:-window//2], np.convolve(force, np.ones(window)/window, 'same')[window//2:-window//2], lw=0.8, label=f'replica {k}')
+        axes[0].plot(trap[window//2:-window//2], np.convolve(force, np.ones(window)/window,
+            'same')[window//2:-window//2], lw=0.8, label=f'replica {k}')
         axes[1].plot(trap, work, lw=0.8)
     axes[0].set(xlabel='trap (nm)', ylabel='force (pN)')
     axes[1].set(xlabel='trap (nm)', ylabel='work (kJ/mol)')

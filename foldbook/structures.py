@@ -36,20 +36,26 @@ PROLINE_PHI = -65.0 # degrees; the ring allows little else
 
 def _angles(sequence, phi_psi): # (n, 2) degrees
     for i, letter in enumerate(sequence):
-        if letter not in LETTERS: raise ValueError(f'sequence {sequence!r}: letter {letter!r} at position {i+1} is no amino acid; the letters are {LETTERS}')
+        if letter not in LETTERS:
+            raise ValueError(f'sequence {sequence!r}: letter {letter!r} at position {i+1} is no amino acid; the '
+                             f'letters are {LETTERS}')
     if not sequence: raise ValueError('sequence: at least one letter is needed')
     if isinstance(phi_psi, str):
-        if phi_psi not in SHAPES: raise ValueError(f'phi_psi {phi_psi!r} is no shape; give {" or ".join(SHAPES)}, a pair (phi, psi) in radians, or a list of pairs')
+        if phi_psi not in SHAPES:
+            raise ValueError(f'phi_psi {phi_psi!r} is no shape; give {" or ".join(SHAPES)}, a pair (phi, psi) in '
+                             f'radians, or a list of pairs')
         phi, psi = SHAPES[phi_psi]
         return np.array([(max(phi, PROLINE_PHI) if letter == 'P' else phi, psi) for letter in sequence])
     pairs = np.asarray(phi_psi, float)
     if pairs.shape not in ((2,), (len(sequence), 2)) or not np.isfinite(pairs).all():
-        raise ValueError(f'phi_psi: one pair or {len(sequence)} pairs of finite angles in radians are needed for {len(sequence)} residues, not an array of shape {pairs.shape}')
+        raise ValueError(f'phi_psi: one pair or {len(sequence)} pairs of finite angles in radians are needed for '
+                         f'{len(sequence)} residues, not an array of shape {pairs.shape}')
     return np.degrees(np.broadcast_to(pairs, (len(sequence), 2)))
 
 # %% ../nbs/14_structures.ipynb #d6468d36
 def build_chain(sequence: str,             # one-letter codes
-                phi_psi='helix',           # 'helix', 'extended', a pair (phi, psi) in radians, or a pair for each residue
+                # 'helix', 'extended', a pair (phi, psi) in radians, or a pair for each residue
+                phi_psi='helix',
                 caps: bool = False         # an acetyl group before and an N-methyl group after instead of OXT
                 ) -> md.Trajectory:        # heavy atoms, one frame
     "A chain with ideal bonds and angles, peptide bonds trans, and the backbone dihedrals asked for."
@@ -97,13 +103,15 @@ class Molecule:
 
     def save(self, path: str|Path) -> Path:
         "Write a PDB or mmCIF file, by suffix; it appears whole or not at all."
-        with writing(path) as tmp, open(tmp, 'w') as f: _format(path).writeFile(self.topology, self.positions*unit.nanometer, f, keepIds=True)
+        with writing(path) as tmp, open(tmp, 'w') as f:
+            _format(path).writeFile(self.topology, self.positions*unit.nanometer, f, keepIds=True)
         return Path(path)
 
 # %% ../nbs/14_structures.ipynb #6d645a4e
 def _format(path):
     formats = {'.pdb': app.PDBFile, '.cif': app.PDBxFile, '.mmcif': app.PDBxFile}
-    if (suffix := Path(path).suffix.lower()) not in formats: raise ValueError(f'{path}: the name must end in {", ".join(formats)}, not {suffix!r}')
+    if (suffix := Path(path).suffix.lower()) not in formats:
+        raise ValueError(f'{path}: the name must end in {", ".join(formats)}, not {suffix!r}')
     return formats[suffix]
 
 # %% ../nbs/14_structures.ipynb #4853d110
@@ -114,8 +122,10 @@ def load_molecule(path: str|Path # a file written by `Molecule.save`, or any oth
     reader = _format(path)
     try: f = reader(str(path))
     except Exception as e: raise ValueError(f'{path}: not a structure file that can be read ({e})') from e
-    if not any(_is_hydrogen(a) for a in f.topology.atoms()): raise ValueError(f'{path}: has no hydrogens and so is not a finished molecule; use prepare')
-    return Molecule(Path(path).stem, f.topology, np.array(f.positions.value_in_unit(unit.nanometer)), source=Path(path).name)
+    if not any(_is_hydrogen(a) for a in f.topology.atoms()):
+        raise ValueError(f'{path}: has no hydrogens and so is not a finished molecule; use prepare')
+    return Molecule(Path(path).stem, f.topology, np.array(f.positions.value_in_unit(unit.nanometer)),
+                    source=Path(path).name)
 
 # %% ../nbs/14_structures.ipynb #aaa2ec76
 def _count(n, what): return f'{n} {what}' + 's'*(n != 1)
@@ -149,13 +159,15 @@ def _cif_alternates(text): # residues with alternate locations, number of models
     atoms = data[0].getObj('atom_site')
     column = lambda name: [r[i] for r in atoms.getRowList()] if (i := atoms.getAttributeIndex(name)) >= 0 else ['.']*atoms.getRowCount()
     number = [n + ('' if code in '.?' else code) for n, code in zip(column('auth_seq_id'), column('pdbx_PDB_ins_code'))]
-    several = {(c, n) for chains in ('auth_asym_id', 'label_asym_id') for alt, c, n in zip(column('label_alt_id'), column(chains), number) if alt not in '.?'}
+    several = {(c, n) for chains in ('auth_asym_id', 'label_asym_id')
+               for alt, c, n in zip(column('label_alt_id'), column(chains), number) if alt not in '.?'}
     return several, len(set(column('pdbx_PDB_model_num')))
 
 # %% ../nbs/14_structures.ipynb #2b5a82b0
 def _open(structure): # a PDBFixer, where it came from, residues with alternate locations, sentences
     if isinstance(structure, md.Trajectory): return _from_trajectory(structure)
-    if len(str(structure)) == 4 and not Path(structure).exists(): structure = fetch(f'pdb:{structure}', progress=False).topology
+    if len(str(structure)) == 4 and not Path(structure).exists():
+        structure = fetch(f'pdb:{structure}', progress=False).topology
     path = Path(structure)
     if not path.exists(): raise FileNotFoundError(f'{path}: no such structure file')
     text = path.read_text(errors='replace')
@@ -178,20 +190,24 @@ def _from_trajectory(t):
     return fixer, 'trajectory', set(), [f'Frame 1 of {t.n_frames} taken.']*(t.n_frames > 1)
 
 # %% ../nbs/14_structures.ipynb #09f7e855
-ALIASES = {'HID': 'HIS', 'HIE': 'HIS', 'HIP': 'HIS', 'HSD': 'HIS', 'HSE': 'HIS', 'HSP': 'HIS', 'CYX': 'CYS', 'CYM': 'CYS', 'ASH': 'ASP', 'GLH': 'GLU', 'LYN': 'LYS'}
+ALIASES = {'HID': 'HIS', 'HIE': 'HIS', 'HIP': 'HIS', 'HSD': 'HIS', 'HSE': 'HIS', 'HSP': 'HIS', 'CYX': 'CYS',
+           'CYM': 'CYS', 'ASH': 'ASP', 'GLH': 'GLU', 'LYN': 'LYS'}
 ISOSTERIC = {'NLE': 'MET', 'MSE': 'MET'}
 
 def _table(fixer, replace): # residue name -> standard name
     replace = {k.upper(): v.upper() for k, v in (replace or {}).items()}
     for k, v in replace.items():
-        if v not in proteinResidues: raise ValueError(f'replace: {k} cannot become {v!r}, which is not one of the twenty amino acids')
-        if k not in {r.name for r in fixer.topology.residues()}: raise ValueError(f'replace: the structure has no residue {k}')
+        if v not in proteinResidues:
+            raise ValueError(f'replace: {k} cannot become {v!r}, which is not one of the twenty amino acids')
+        if k not in {r.name for r in fixer.topology.residues()}:
+            raise ValueError(f'replace: the structure has no residue {k}')
     depositors = {m.residueName: m.standardName for m in fixer.modifiedResidues if m.standardName in proteinResidues}
     return substitutions | depositors | ISOSTERIC | ALIASES | replace
 
 # %% ../nbs/14_structures.ipynb #3848c8d3
 def _is_residue(residue, table):
-    return residue.name in table or residue.name in proteinResidues or residue.name in CAPS or {'N', 'CA', 'C'} <= {a.name for a in residue.atoms()}
+    return residue.name in table or residue.name in proteinResidues or residue.name in CAPS or {'N', 'CA',
+        'C'} <= {a.name for a in residue.atoms()}
 
 # %% ../nbs/14_structures.ipynb #d65aacf1
 def _delete(fixer, what):
@@ -215,10 +231,12 @@ def _choose(fixer, source, chain, table, several): # keeps the protein residues 
     wanted, drop, said = _wanted(fixer, source, chain, table), [], []
     for c in fixer.topology.chains():
         residues = [r for r in c.residues() if _is_residue(r, table)]
-        if residues and c not in wanted: said.append(f'Chain {c.id.strip() or "without a name"} ({_count(len(residues), "residue")}) left out.')
+        if residues and c not in wanted:
+            said.append(f'Chain {c.id.strip() or "without a name"} ({_count(len(residues), "residue")}) left out.')
         drop += [r for r in c.residues() if c not in wanted or r not in residues]
     others = Counter(r.name for r in drop if not _is_residue(r, table))
-    if others: said.append('Removed, not protein: ' + ', '.join(f'{n} {name}' for name, n in sorted(others.items())) + '.')
+    if others:
+        said.append('Removed, not protein: ' + ', '.join(f'{n} {name}' for name, n in sorted(others.items())) + '.')
     _delete(fixer, drop)
     n = sum((r.chain.id.strip(), r.id + r.insertionCode.strip()) in several for r in fixer.topology.residues())
     return said + [f'{_count(n, "residue")} had alternate locations: the first taken.']*(n > 0)
@@ -236,13 +254,19 @@ def _positions(fixer): return np.array(fixer.positions.value_in_unit(unit.nanome
 def _check(fixer, source): # positions finite, backbone whole, nothing on top of something else
     x, atoms = _positions(fixer), list(fixer.topology.atoms())
     at = lambda i: f'{atoms[i].name} of {_label(atoms[i].residue)}'
-    if not np.isfinite(x).all(): raise ValueError(f'{source}: atom {at(int(np.argmin(np.isfinite(x).all(1))))} has a coordinate that is not a number; mend the file')
+    if not np.isfinite(x).all():
+        raise ValueError(f'{source}: atom {at(int(np.argmin(np.isfinite(x).all(1))))} has a coordinate that is not a '
+                         f'number; mend the file')
     for r in fixer.topology.residues():
         lacking = {'N', 'CA', 'C'} - {a.name for a in r.atoms()}
-        if lacking and r.name not in CAPS: raise ValueError(f'{source}: residue {_label(r)} has no backbone atom {", ".join(sorted(lacking))}; take another structure or cut the residue out')
+        if lacking and r.name not in CAPS:
+            raise ValueError(f'{source}: residue {_label(r)} has no backbone atom {", ".join(sorted(lacking))}; take '
+                             f'another structure or cut the residue out')
     for i, j in sorted(cKDTree(x).query_pairs(0.1)):
-        if atoms[i].residue is atoms[j].residue and np.linalg.norm(x[i] - x[j]) > 0.05: continue # a poor bond is for the minimiser
-        raise ValueError(f'{source}: atoms {at(i)} and {at(j)} are {np.linalg.norm(x[i] - x[j]):.3f} nm apart, closer than any bond; move or delete one of them')
+        # a poor bond is for the minimiser
+        if atoms[i].residue is atoms[j].residue and np.linalg.norm(x[i] - x[j]) > 0.05: continue
+        raise ValueError(f'{source}: atoms {at(i)} and {at(j)} are {np.linalg.norm(x[i] - x[j]):.3f} nm apart, closer '
+                         f'than any bond; move or delete one of them')
 
 # %% ../nbs/14_structures.ipynb #e3251c38
 def _gaps(fixer, source, table): # sets fixer.missingResidues; sentences
@@ -254,10 +278,16 @@ def _gaps(fixer, source, table): # sets fixer.missingResidues; sentences
             inside, names = 0 < i < len(residues), [table.get(n, n) for n in listed.pop((c.index, i), [])]
             where = f'between {_label(residues[i-1])} and {_label(residues[i])}' if inside else f'before {_label(residues[0])}' if i == 0 else f'after {_label(residues[-1])}'
             if not (inside and _broken(x, residues[i-1], residues[i])):
-                if names: said.append(f'{_count(len(names), "residue")} of the sequence {where} without coordinates: not added.')
+                if names:
+                    said.append(f'{_count(len(names), "residue")} of the sequence {where} without coordinates: not '
+                                f'added.')
                 continue
-            if not names: raise ValueError(f'{source}: residues are missing {where} and the file does not say which; take a file with SEQRES records or model them first')
-            if unknown := set(names) - set(proteinResidues): raise ValueError(f'{source}: {", ".join(sorted(unknown))} is missing {where} and has no template; say what to build with replace=')
+            if not names:
+                raise ValueError(f'{source}: residues are missing {where} and the file does not say which; take a '
+                                 f'file with SEQRES records or model them first')
+            if unknown := set(names) - set(proteinResidues):
+                raise ValueError(f'{source}: {", ".join(sorted(unknown))} is missing {where} and has no template; say '
+                                 f'what to build with replace=')
             listed[c.index, i] = names
             said.append(f'{_count(len(names), "missing residue")} {where} modelled: {" ".join(names)}.')
     return said
@@ -275,17 +305,21 @@ def _standardise(fixer, source, table): # residues get standard names, and only 
     x, drop, said = _positions(fixer), [], []
     for r in fixer.topology.residues():
         old, new = r.name, table.get(r.name, r.name)
-        if new not in proteinResidues and new not in CAPS: raise ValueError(f'{source}: residue {_label(r)} is unknown; say what it should become, for example replace={{{old!r}: \'ALA\'}}')
+        if new not in proteinResidues and new not in CAPS:
+            raise ValueError(f'{source}: residue {_label(r)} is unknown; say what it should become, for example '
+                             f'replace={{{old!r}: \'ALA\'}}')
         if new != old: said.append(f'{_label(r)} became {new}.')
         r.name = new
         elements = {a.name: a.element for a in fixer.templates[new].topology.atoms()}
         for a in r.atoms():
             a.name = RENAMED.get((old, new), {}).get(a.name, a.name)
             right = elements.get(a.name, a.element)
-            if new == old and a.element is not right: said.append(f'{_label(r)}: {a.name} is {right.name}, not {a.element.name}.')
+            if new == old and a.element is not right:
+                said.append(f'{_label(r)}: {a.name} is {right.name}, not {a.element.name}.')
             a.element = right
         extra = _extra(fixer, r, x, changed=new != old and ALIASES.get(old) != new)
-        if extra and new == old: said.append(f'{_label(r)}: removed {" ".join(a.name for a in extra)}, not in its template.')
+        if extra and new == old:
+            said.append(f'{_label(r)}: removed {" ".join(a.name for a in extra)}, not in its template.')
         drop += extra
     _delete(fixer, drop)
     return said
@@ -300,14 +334,16 @@ def _extra(fixer, residue, x, changed): # atoms to delete
 
 # %% ../nbs/14_structures.ipynb #8c0011d0
 def _mirrored(p): # a D amino acid, from its positions by atom name
-    return {*BACKBONE[:3], 'CB'} <= set(p) and np.dot(np.cross(p['N'] - p['CA'], p['C'] - p['CA']), p['CB'] - p['CA']) < 0
+    return {*BACKBONE[:3], 'CB'} <= set(p) and np.dot(np.cross(p['N'] - p['CA'], p['C'] - p['CA']),
+                                                      p['CB'] - p['CA']) < 0
 
 # %% ../nbs/14_structures.ipynb #d5444e9d
 def _strained(residue, template, x): # a ring where there is none, or the side chain on the other side
     p = {a.name: x[a.index] for a in residue.atoms()}
     names = [a.name for a in template.atoms() if a.name in p]
     bonds = {frozenset((a.name, b.name)) for a, b in template.bonds()}
-    return _mirrored(p) or any(np.linalg.norm(p[a] - p[b]) < 0.2 for a in names for b in names if a != b and frozenset((a, b)) not in bonds)
+    return _mirrored(p) or any(np.linalg.norm(p[a] - p[b]) < 0.2 for a in names
+                               for b in names if a != b and frozenset((a, b)) not in bonds)
 
 # %% ../nbs/14_structures.ipynb #de6c88ae
 def _cap(fixer): # asks for ACE and NME at the ends of each chain
@@ -330,11 +366,13 @@ def _complete(fixer, source, seed): # missing heavy atoms; sentences
 ATTEMPTS = 20
 
 def _place(fixer, source, seed): # missing heavy atoms; from the start with another seed where one atom ends in another
-    before, wanted = (fixer.topology, fixer.positions), (fixer.missingResidues, fixer.missingAtoms, fixer.missingTerminals)
+    before, wanted = (fixer.topology, fixer.positions), (fixer.missingResidues, fixer.missingAtoms,
+                                                         fixer.missingTerminals)
     whole = {_label(r) for r in fixer.topology.residues() if 'CB' in {a.name for a in r.atoms()}}
     fixer.platform = mm.Platform.getPlatformByName('Reference')
     for attempt in range(ATTEMPTS):
-        (fixer.topology, fixer.positions), (fixer.missingResidues, fixer.missingAtoms, fixer.missingTerminals) = before, wanted
+        (fixer.topology, fixer.positions), (fixer.missingResidues, fixer.missingAtoms,
+                                            fixer.missingTerminals) = before, wanted
         fixer.addMissingAtoms(seed=derived_seed(seed, attempt))
         if _turn_mirrored(fixer, whole):
             fixer.missingResidues = {}
@@ -342,10 +380,12 @@ def _place(fixer, source, seed): # missing heavy atoms; from the start with anot
             fixer.addMissingAtoms(seed=derived_seed(seed, attempt))
         try: return _check(fixer, source)
         except ValueError as e: error = e
-    raise ValueError(f'{source}: missing atoms could not be placed without overlap in {ATTEMPTS} attempts; build them with another program, or try another seed') from error
+    raise ValueError(f'{source}: missing atoms could not be placed without overlap in {ATTEMPTS} attempts; build them '
+                     f'with another program, or try another seed') from error
 
 # %% ../nbs/14_structures.ipynb #5888e502
-def _turn_mirrored(fixer, whole): # new residues that came out as D: CB to the other side, the rest of the side chain is deleted; how many
+# new residues that came out as D: CB to the other side, the rest of the side chain is deleted; how many
+def _turn_mirrored(fixer, whole):
     x, drop, turned = _positions(fixer), [], 0
     for r in fixer.topology.residues():
         p = {a.name: x[a.index] for a in r.atoms()}
@@ -394,7 +434,8 @@ def _add_hydrogens(fixer, ph): # sentences
     fixer.topology, fixer.positions = m.topology, m.positions
     named = [(r, _protons(r) or v) for r, v in zip(m.topology.residues(), variants)]
     special = [f'{_label(r)} as {v}' for r, v in named if v and v != r.name]
-    return [f'{m.topology.getNumAtoms() - n} hydrogens placed for pH {ph:g}' + (': ' + ', '.join(special) if special else '') + '.']
+    return [f'{m.topology.getNumAtoms() - n} hydrogens placed for pH {ph:g}'
+            + (': ' + ', '.join(special) if special else '') + '.']
 
 # %% ../nbs/14_structures.ipynb #a1421c7c
 def _cis(fixer): # sentences; C-alphas are 0.38 nm apart across a trans peptide bond, 0.29 nm across a cis one
@@ -402,7 +443,8 @@ def _cis(fixer): # sentences; C-alphas are 0.38 nm apart across a trans peptide 
     for c in fixer.topology.chains():
         residues = [(r, x[a.index]) for r in c.residues() for a in r.atoms() if a.name == 'CA']
         for (r, p), (s, q) in zip(residues, residues[1:]):
-            if np.linalg.norm(p - q) < 0.33 and s.name != 'PRO': said.append(f'The peptide bond between {_label(r)} and {_label(s)} is cis.')
+            if np.linalg.norm(p - q) < 0.33 and s.name != 'PRO':
+                said.append(f'The peptide bond between {_label(r)} and {_label(s)} is cis.')
     return said
 
 # %% ../nbs/14_structures.ipynb #b7811bed
@@ -422,7 +464,8 @@ def prepare(structure,                  # PDB or mmCIF file, four-character PDB 
             replace: dict|None = None,  # residues to turn into others: {'NLE': 'LYS'}
             seed: int = 0               # for placing atoms that are missing
             ) -> Molecule:
-    "A structure made whole: standard residues, no atom missing, hydrogens for a pH. What was changed is said; what cannot be mended raises."
+    """A structure made whole: standard residues, no atom missing, hydrogens for a pH. What was changed is said; what
+    cannot be mended raises."""
     fixer, source, several, changes = _open(structure)
     table = _table(fixer, replace)
     changes += _choose(fixer, source, chain, table, several) + _strip_hydrogens(fixer)
@@ -450,7 +493,8 @@ def charge(molecule: Molecule) -> int|None: # elementary charges
     try: system = app.ForceField('amber14/protein.ff14SB.xml').createSystem(molecule.topology)
     except ValueError: return None
     f = next(f for f in system.getForces() if isinstance(f, mm.NonbondedForce))
-    return round(sum(f.getParticleParameters(i)[0].value_in_unit(unit.elementary_charge) for i in range(f.getNumParticles())))
+    return round(sum(f.getParticleParameters(i)[0].value_in_unit(unit.elementary_charge)
+                     for i in range(f.getNumParticles())))
 
 # %% ../nbs/14_structures.ipynb #92e96622
 def report(molecule: Molecule) -> str:
@@ -465,8 +509,10 @@ def plot_molecule(molecule: Molecule, ax=None):
     import matplotlib.pyplot as plt
     ax = plt.figure(figsize=(5, 5)).add_subplot(projection='3d') if ax is None else ax
     atoms, x = list(molecule.topology.atoms()), molecule.positions
-    for symbol, label, colour in (('C', 'carbon', '#999999'), ('N', 'nitrogen', '#0072B2'), ('O', 'oxygen', '#D55E00'), ('S', 'sulfur', '#F0E442')):
-        if chosen := [a.index for a in atoms if a.element.symbol == symbol]: ax.scatter(*x[chosen].T, s=18, color=colour, label=label, depthshade=False)
+    for symbol, label, colour in (('C', 'carbon', '#999999'), ('N', 'nitrogen', '#0072B2'), ('O', 'oxygen', '#D55E00'),
+                                  ('S', 'sulfur', '#F0E442')):
+        if chosen := [a.index for a in atoms if a.element.symbol == symbol]:
+            ax.scatter(*x[chosen].T, s=18, color=colour, label=label, depthshade=False)
     for c in molecule.topology.chains():
         ax.plot(*x[[a.index for a in c.atoms() if a.name in BACKBONE[:3]]].T, color='black', lw=2)
     ax.set(xlabel='x / nm', ylabel='y / nm', zlabel='z / nm', aspect='equal', title=molecule.name)

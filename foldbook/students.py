@@ -29,7 +29,8 @@ def candidate_terms(
     degree: int = 2, # 1: no squares and products
 ) -> list: # tuples of one or two column numbers
     "The library: every column, then squares and products of some."
-    return [(a,) for a in range(n_columns)] + (list(itertools.combinations_with_replacement(columns, 2)) if degree > 1 else [])
+    return [(a,) for a in range(n_columns)] + (list(itertools.combinations_with_replacement(columns, 2)) if degree > 1
+                                               else [])
 
 # %% ../nbs/45_students.ipynb #3e1fc0f6
 def evaluate_terms(
@@ -80,14 +81,16 @@ class _FormulaStored:
     def save(self, directory) -> None:
         "Everything as json; the directory is created if absent."
         (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
-        card = asdict(self) | {k: getattr(self, k) for k in ('terms', 'intercept', 'names', 'units', 'seconds')} | dict(weights=list(map(float, self.weights)))
+        card = asdict(self) | {k: getattr(self, k) for k in ('terms', 'intercept', 'names', 'units',
+                                                             'seconds')} | dict(weights=list(map(float, self.weights)))
         replacing(directory / 'formula.json', lambda p: p.write_text(json.dumps(card, indent=1)))
 
     @classmethod
     def load(cls, directory) -> 'Formula':
         "Read a formula back; raises `FileNotFoundError` if the directory holds none."
         file = Path(directory) / 'formula.json'
-        if not file.exists(): raise FileNotFoundError(f'{directory} has no formula.json; give the directory that Formula.save wrote')
+        if not file.exists():
+            raise FileNotFoundError(f'{directory} has no formula.json; give the directory that Formula.save wrote')
         card = json.loads(file.read_text())
         self = cls(**{k: card[k] for k in asdict(cls())})
         self.terms, self.weights = [tuple(t) for t in card['terms']], np.array(card['weights'])
@@ -115,7 +118,8 @@ class Formula(_FormulaStored):
     def __post_init__(self):
         for name in ('max_terms', 'screen'):
             if getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}; it must be at least 1')
-        if self.degree not in (1, 2): raise ValueError(f'degree={self.degree}; choose 1 (columns) or 2 (also squares and products)')
+        if self.degree not in (1, 2):
+            raise ValueError(f'degree={self.degree}; choose 1 (columns) or 2 (also squares and products)')
         self.terms, self.weights, self.intercept, self.names, self.units, self.seconds = [], None, 0., (), (), 0.
 
     @property
@@ -135,10 +139,12 @@ class Formula(_FormulaStored):
     def log_odds(self, features) -> list: # float64 (T,) per trajectory
         if self.weights is None: raise ValueError('this formula has not been fitted; call fit or load first')
         X = as_ensemble(features, None, 'features')
-        if any(x.ndim != 2 or x.shape[1] != len(self.names) for x in X): raise ValueError(f'this formula reads {len(self.names)} features a frame; found {X[0].shape[1:]}')
+        if any(x.ndim != 2 or x.shape[1] != len(self.names) for x in X):
+            raise ValueError(f'this formula reads {len(self.names)} features a frame; found {X[0].shape[1:]}')
         return [evaluate_terms(x, self.terms) @ self.weights + self.intercept for x in X]
 
-    def transform(self, features, states=None) -> list: # float64 (T,) per trajectory; with states exactly 0 on A and 1 on B
+    # float64 (T,) per trajectory; with states exactly 0 on A and 1 on B
+    def transform(self, features, states=None) -> list:
         r = [expit(z) for z in self.log_odds(features)]
         return r if states is None else clamp(r, states)
 
@@ -149,10 +155,14 @@ def _fit_formula(self, features, states, teacher, description, progress):
     y = outcomes(S) if teacher is None else clamp(teacher, S)
     x, y, s = (np.concatenate(a) for a in (X, y, S))
     known = (s < 0) & np.isfinite(y)
-    if known.sum() < 2 or np.ptp(y[known]) == 0: raise ValueError('the frames outside A and B do not tell folding from unfolding; give longer trajectories or a teacher')
-    if description is not None and len(description.names) != x.shape[1]: raise ValueError(f'the description names {len(description.names)} columns; features have {x.shape[1]}')
+    if known.sum() < 2 or np.ptp(y[known]) == 0:
+        raise ValueError('the frames outside A and B do not tell folding from unfolding; give longer trajectories or '
+                         'a teacher')
+    if description is not None and len(description.names) != x.shape[1]:
+        raise ValueError(f'the description names {len(description.names)} columns; features have {x.shape[1]}')
     x, y, n = x[known], y[known], x.shape[1]
-    self.names, self.units = (tuple(f'x{i}' for i in range(n)), ('',) * n) if description is None else (description.names, description.units)
+    self.names, self.units = (tuple(f'x{i}' for i in range(n)),
+                              ('',) * n) if description is None else (description.names, description.units)
     useful = pursue(x.astype(np.float64), y, min(self.screen, n))
     library = candidate_terms(useful.tolist(), n, self.degree)
     phi, eta = evaluate_terms(x, library), None
@@ -172,7 +182,8 @@ def formula_gradient(
     "Derivative of the committor with respect to every feature."
     g = np.zeros(np.shape(x))
     for w, term in zip(formula.weights, formula.terms):
-        for k, a in enumerate(term): g[:, a] += w * np.prod([x[:, b] for b in term[:k] + term[k + 1:]] or [np.ones(len(x))], axis=0)
+        for k, a in enumerate(term):
+            g[:, a] += w * np.prod([x[:, b] for b in term[:k] + term[k + 1:]] or [np.ones(len(x))], axis=0)
     r = formula.transform([x])[0]
     return (r * (1 - r))[:, None] * g
 
@@ -192,10 +203,12 @@ def error_anatomy(
     states, # flags of the same frames
     lag: int = 1, # frames
 ) -> Anatomy:
-    "Split the excess of the squared displacement into noise and smoothing; raises `ValueError` when no transition was counted."
+    """Split the excess of the squared displacement into noise and smoothing; raises `ValueError` when no transition
+    was counted."""
     r, q = clamp(r, states), clamp(reference, states)
     budget = error_budget(r, q, states)
-    square = lambda x: float(cut_profiles(x, states, lags=[lag], n_bins=10).delta_r2[0]) / (2 * count_transitions(states)[0])
+    square = lambda x: float(cut_profiles(x, states, lags=[lag], n_bins=10).delta_r2[0]) / (2
+        * count_transitions(states)[0])
     total, true, own = (square(x) for x in (r, q, [a - b for a, b in zip(r, q)]))
     return Anatomy(budget, 1 - lag * own / budget if budget else 0., own, total - true - own, total - true)
 
@@ -227,9 +240,11 @@ def card(
 ) -> dict: # plain numbers
     "Size, speed and judgement of one student, and its errors against the one above."
     states = check_states(states)
-    seconds, r = min(((lambda t, y: (time.perf_counter() - t, y))(time.perf_counter(), student.transform(features, states)) for _ in range(3)), key=lambda a: a[0])
+    seconds, r = min(((lambda t, y: (time.perf_counter() - t, y))(time.perf_counter(),
+        student.transform(features, states)) for _ in range(3)), key=lambda a: a[0])
     z = profile(r, states, lags, n_bootstrap=n_bootstrap)
-    row = dict(parameters=student.n_parameters, microseconds=1e6 * seconds / sum(map(len, states)), log_loss=scores(r, states).log_loss,
+    row = dict(parameters=student.n_parameters, microseconds=1e6 * seconds / sum(map(len, states)),
+               log_loss=scores(r, states).log_loss,
                t_max=z.t_max, t_max_se=z.t_max_se, label=z.verdict.label, passed=bool(z.verdict.passed))
     return row | ({} if above is None else error_anatomy(r, above, states)._asdict())
 
@@ -239,11 +254,13 @@ def plot_law(
     n_ab: float, # events of the judged frames
     axes=None, # two matplotlib axes, made if None
 ):
-    "Error budget against the excess of squared displacement, with the law of white errors, and against T_max; returns the axes."
+    """Error budget against the excess of squared displacement, with the law of white errors, and against T_max;
+    returns the axes."""
     import matplotlib.pyplot as plt
     if axes is None: axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')[1]
     for (name, rows), marker in zip(groups.items(), 'os^Dv<>P'):
-        for ax, y in zip(axes, ('excess', 't_max')): ax.plot([row['budget'] for row in rows], [row[y] for row in rows], marker, ms=5, label=name)
+        for ax, y in zip(axes, ('excess', 't_max')):
+            ax.plot([row['budget'] for row in rows], [row[y] for row in rows], marker, ms=5, label=name)
     b = [row['budget'] for rows in groups.values() for row in rows]
     line = np.geomspace(.6 * min(b), 1.7 * max(b), 50)
     axes[0].plot(line, line, color='0.4', lw=1, label='the law of white errors')
@@ -253,7 +270,8 @@ def plot_law(
     axes[1].axhline(3, color='0.5', lw=.8, ls=':')
     axes[1].set_yscale('log', subs=[])
     axes[1].set_yticks([1, 2, 3, 5, 10, 20, 30], list(map(str, [1, 2, 3, 5, 10, 20, 30])))
-    for ax, y in zip(axes, (r'excess $\Delta r^2/2N_{AB}$ at lag 1', '$T_{max}$')): ax.set(xscale='log', xlabel='$N_{int}$ MSE / $N_{AB}$', ylabel=y)
+    for ax, y in zip(axes, (r'excess $\Delta r^2/2N_{AB}$ at lag 1', '$T_{max}$')):
+        ax.set(xscale='log', xlabel='$N_{int}$ MSE / $N_{AB}$', ylabel=y)
     axes[0].legend(fontsize='x-small')
     return axes
 
@@ -285,7 +303,8 @@ def plot_sizes(
         axes[0].plot(c['parameters'], c['log_loss'], marker, ms=7)
         axes[1].errorbar(c['parameters'], c['t_max'], c['t_max_se'], fmt=marker, ms=7, capsize=3, label=name)
     axes[1].axhline(3, color='0.5', lw=.8, ls=':')
-    for ax, y in zip(axes, ('log-loss, held-out frames', '$T_{max}$, held-out')): ax.set(xscale='log', xlabel='parameters', ylabel=y)
+    for ax, y in zip(axes, ('log-loss, held-out frames', '$T_{max}$, held-out')):
+        ax.set(xscale='log', xlabel='parameters', ylabel=y)
     axes[1].set_ylim(0, None)
     axes[0].margins(.15)
     axes[1].legend(fontsize='small', loc='center left', bbox_to_anchor=(1, .5))

@@ -84,7 +84,8 @@ def _doubled(x):
 # %% ../nbs/10_systems.ipynb #cd4d60cf
 @njit(cache=True)
 def _walk(first, column, cumulative, start, lengths, stop, seed):
-    "Walk from each start for its length; where `stop` is true a walk ends. Returns the points and the frames really made."
+    """Walk from each start for its length; where `stop` is true a walk ends. Returns the points and the frames
+    really made."""
     np.random.seed(seed) # of the compiled generator, not of numpy's
     path, made, o = np.empty(1 << 12, np.int32), np.zeros(len(lengths), np.int64), 0
     for k in range(len(lengths)):
@@ -111,9 +112,11 @@ def sample_chain(
     seed: int = 0, # of the random numbers
     stop: np.ndarray | None = None, # bool (n,): points on which a trajectory ends
 ) -> list: # int32 index arrays
-    "Sample trajectories of a Markov chain, none longer than its length, each ending on its first frame in `stop`; raises `ValueError` for a length below 1."
+    """Sample trajectories of a Markov chain, none longer than its length, each ending on its first frame in `stop`;
+    raises `ValueError` for a length below 1."""
     lengths = np.asarray(lengths, np.int64)
-    if lengths.min() < 1: raise ValueError(f'a trajectory of {lengths.min()} frames was asked for; every length must be at least 1')
+    if lengths.min() < 1:
+        raise ValueError(f'a trajectory of {lengths.min()} frames was asked for; every length must be at least 1')
     stop = np.zeros(len(P), bool) if stop is None else stop
     path, made = _walk(*_compress(P), np.asarray(start, np.int64), lengths, stop, seed)
     return [path[e - m:e].copy() for e, m in zip(np.cumsum(made), made)]
@@ -126,12 +129,14 @@ def _starts(system, start, n, ensemble, rng):
     elif len(start := np.atleast_1d(start)) == len(system.states) and start.dtype.kind == 'f': weights = start
     elif start.dtype.kind in 'iu' and ((start >= 0) & (start < len(system.states))).all(): return np.resize(start, n)
     else: raise ValueError(f'start must be microstates below {len(system.states)}, or one weight per microstate')
-    if (weights < 0).any() or not weights.sum() > 0: raise ValueError('start: weights must be positive and not all zero')
+    if (weights < 0).any() or not weights.sum() > 0:
+        raise ValueError('start: weights must be positive and not all zero')
     return rng.choice(len(weights), n, p=weights / weights.sum())
 
 def _choice(option, value, allowed):
     "Refuse an unknown word."
-    if value not in allowed: raise ValueError(f'{option}={value!r} is not known; choose one of {", ".join(map(repr, allowed))}')
+    if value not in allowed:
+        raise ValueError(f'{option}={value!r} is not known; choose one of {", ".join(map(repr, allowed))}')
 
 # %% ../nbs/10_systems.ipynb #8b605e3e
 @dataclass(frozen=True, eq=False)
@@ -145,9 +150,11 @@ class MarkovSystem:
     labels: tuple = ('x',) # names of the d coordinates
 
     stationary = cached_property(lambda s: stationary(s.transition)) # (n,)
-    reversed = cached_property(lambda s: s.stationary * s.transition.T / s.stationary[:, None]) # (n, n), time-reversed chain
+    # (n, n), time-reversed chain
+    reversed = cached_property(lambda s: s.stationary * s.transition.T / s.stationary[:, None])
     committor = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states < 0, np.nan, s.states))) # (n,)
-    backward_committor = cached_property(lambda s: solve_boundary(s.reversed, np.where(s.states < 0, np.nan, 1 - s.states)))
+    backward_committor = cached_property(lambda s: solve_boundary(s.reversed,
+                                                                  np.where(s.states < 0, np.nan, 1 - s.states)))
     mfpt_to_a = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states == 0, 0, np.nan), 1.))
     mfpt_to_b = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states == 1, 0, np.nan), 1.))
 
@@ -166,13 +173,17 @@ class MarkovSystem:
         start=None, # first microstates, or a weight for each microstate; None: stationary (between A and B if absorbed)
     ) -> list: # int32 (T,) microstates of each trajectory
         "Sample trajectories; raises `ValueError` for an unknown option."
-        _choice('ensemble', ensemble, ('free', 'absorbed')); _choice('length', length, ('fixed', 'poisson'))
+        _choice('ensemble', ensemble, ('free', 'absorbed'))
+        _choice('length', length, ('fixed', 'poisson'))
         rng = np.random.default_rng(seed)
         first = _starts(self, start, n_trajectories, ensemble, rng)
-        lengths = rng.geometric(1 / n_frames, n_trajectories) if length == 'poisson' else np.full(n_trajectories, n_frames)
-        return sample_chain(self.transition, first, lengths, int(rng.integers(2**32)), self.states >= 0 if ensemble == 'absorbed' else None)
+        lengths = rng.geometric(1 / n_frames, n_trajectories) if length == 'poisson' else np.full(n_trajectories,
+                                                                                                  n_frames)
+        return sample_chain(self.transition, first, lengths, int(rng.integers(2**32)),
+                            self.states >= 0 if ensemble == 'absorbed' else None)
 
-    def observe(self, paths) -> tuple: # coordinates float32 (T, d), flags int8 (T,), exact committor (T,): a list of each
+    # coordinates float32 (T, d), flags int8 (T,), exact committor (T,): a list of each
+    def observe(self, paths) -> tuple:
         "Sampled microstates as features, states and the exact answer."
         values = self.coordinates.astype(np.float32), self.states, self.committor
         return tuple([v[p] for p in paths] for v in values)
@@ -187,7 +198,8 @@ def _grid_moves(shape, steps):
 
 @lru_cache
 def dw1d() -> MarkovSystem:
-    "Double well $U=3(x^2-1)^2$ on 73 points, moves of one or two points, a frame every 4 steps; A is $x\\le-1$, B is $x\\ge1$."
+    """Double well $U=3(x^2-1)^2$ on 73 points, moves of one or two points, a frame every 4 steps; A is $x\\le-1$, B
+    is $x\\ge1$."""
     x = np.linspace(-1.8, 1.8, 73)
     K = metropolis(3 * (x**2 - 1)**2, _grid_moves((73,), [[-2], [-1], [1], [2]]))
     return MarkovSystem('dw1d', x[:, None], np.linalg.matrix_power(K, 4), _ends(x), 4.)
@@ -199,7 +211,8 @@ def _ends(x):
 # %% ../nbs/10_systems.ipynb #4bdd4a11
 @lru_cache
 def lshape2d() -> MarkovSystem:
-    "Three wells around a corner on a 25 x 25 grid, four neighbours, a frame every 4 steps; A and B are discs of radius 0.35 about (-1,-1) and (1,1)."
+    """Three wells around a corner on a 25 x 25 grid, four neighbours, a frame every 4 steps; A and B are discs of
+    radius 0.35 about (-1,-1) and (1,1)."""
     g = np.linspace(-2, 2, 25)
     xy = np.stack(np.meshgrid(g, g, indexing='ij'), -1).reshape(-1, 2)
     distance = lambda *c: np.linalg.norm(xy - c, axis=1)
@@ -212,7 +225,8 @@ def lshape2d() -> MarkovSystem:
 # %% ../nbs/10_systems.ipynb #aeb49d7b
 @lru_cache
 def persist1d() -> MarkovSystem:
-    "Persistent walk in $U=2.5(x^2-1)^2$ on 41 points with a hidden direction, a frame every step; A is $x\\le-1$, B is $x\\ge1$."
+    """Persistent walk in $U=2.5(x^2-1)^2$ on 41 points with a hidden direction, a frame every step; A is $x\\le-1$,
+    B is $x\\ge1$."""
     n, flip = 41, 0.06
     x = np.linspace(-1.6, 1.6, n)
     U = np.concatenate([[np.inf], 2.5 * (x**2 - 1)**2, [np.inf]])
@@ -249,9 +263,11 @@ def _plot_plane(system, axes):
     "Free energy and committor over a square grid, with the outlines of A and B."
     n = int(round(len(system.states)**0.5))
     x, y = (system.coordinates[:, k].reshape(n, n) for k in (0, 1))
-    for ax, z, label in ((axes[0], -np.log(system.stationary), 'free energy / kT'), (axes[1], system.committor, 'committor')):
+    for ax, z, label in ((axes[0], -np.log(system.stationary), 'free energy / kT'),
+                         (axes[1], system.committor, 'committor')):
         ax.figure.colorbar(ax.contourf(x, y, z.reshape(n, n), 20), ax=ax, label=label)
-        ax.contour(x, y, (system.states == 0).reshape(n, n), [0.5], colors='w'); ax.contour(x, y, (system.states == 1).reshape(n, n), [0.5], colors='w')
+        ax.contour(x, y, (system.states == 0).reshape(n, n), [0.5], colors='w')
+        ax.contour(x, y, (system.states == 1).reshape(n, n), [0.5], colors='w')
         ax.set(xlabel=f'{system.labels[0]} (no unit)', ylabel=f'{system.labels[1]} (no unit)', aspect='equal')
 
 # %% ../nbs/10_systems.ipynb #6bc08a3a
@@ -262,7 +278,8 @@ def plot_system(
     "Free energy and exact committor of a system."
     import matplotlib.pyplot as plt
     if axes is None: axes = plt.subplots(1, 2, figsize=(7, 2.8), layout='constrained')[1]
-    is_grid = len(np.unique(system.coordinates[:, -1])) == round(len(system.states)**0.5) and system.coordinates.shape[1] == 2
+    is_grid = len(np.unique(system.coordinates[:,
+        -1])) == round(len(system.states)**0.5) and system.coordinates.shape[1] == 2
     (_plot_plane if is_grid else _plot_line)(system, axes)
     axes[0].set_title(system.name)
     return axes[0].figure
@@ -300,7 +317,8 @@ def history_committor(
     paths, # microstates (T,) of each trajectory; only the columns named next are looked at, and the flags
     columns=(0,), # coordinates that the observer sees
 ) -> list: # float64 (T,) per trajectory
-    "Probability to reach B next given all that was seen so far, by the forward filter of a hidden Markov model (Baum et al. 1970)."
+    """Probability to reach B next given all that was seen so far, by the forward filter of a hidden Markov model
+    (Baum et al. 1970)."""
     seen = np.column_stack([system.coordinates[:, list(columns)], system.states])
     group = np.unique(seen, axis=0, return_inverse=True)[1].ravel()
     members, first = np.argsort(group, kind='stable'), np.r_[0, np.cumsum(np.bincount(group))]
@@ -338,6 +356,8 @@ def plot_lengths(
     for name, paths in ensembles.items():
         length = np.sort([len(p) for p in paths])
         share = np.mean([states[p[-1]] >= 0 for p in paths])
-        ax.step(length, 1 - np.arange(len(length)) / len(length), where='post', label=f'{name}: {share:.0%} end in A or B')
-    ax.set(xlabel='length (frames)', ylabel='share of trajectories at least this long', xscale='log', ylim=(0, 1.05)); ax.legend()
+        ax.step(length, 1 - np.arange(len(length)) / len(length), where='post', label=f'{name}: {share:.0%} end in A '
+                f'or B')
+    ax.set(xlabel='length (frames)', ylabel='share of trajectories at least this long', xscale='log', ylim=(0, 1.05))
+    ax.legend()
     return ax

@@ -65,7 +65,8 @@ def neighbours(
 
 # %% ../nbs/47_transfer.ipynb #c99288e5
 _COLUMNS = 'Q + RMSD + Rg + contacts + contact_distances + pseudo_angles + pseudo_dihedrals + coordinates'
-_KINDS = dict(Q='Q', RMSD='RMSD', Rg='Rg', contact='contact ', length='d ', angle='angle ', cos='cos ', sin='sin ', xyz=('x ', 'y ', 'z '))
+_KINDS = dict(Q='Q', RMSD='RMSD', Rg='Rg', contact='contact ', length='d ', angle='angle ', cos='cos ', sin='sin ',
+              xyz=('x ', 'y ', 'z '))
 
 # %% ../nbs/47_transfer.ipynb #dd4ed547
 class ResidueTokens:
@@ -78,8 +79,10 @@ class ResidueTokens:
         f = self.featurizer.features
         self.columns = {k: [c for c, n in enumerate(f.names) if n.startswith(p)] for k, p in _KINDS.items()}
         place = {f.atoms[c][0]: i for i, c in enumerate(self.columns['xyz'][::3])}
-        self.n_residues, self.pairs = len(place), np.array([[place[a] for a in f.atoms[c]] for c in self.columns['contact']])
-        structure = features.load_native(native) if isinstance(native, (str, Path)) else getattr(native, 'native', native)
+        self.n_residues, self.pairs = len(place), np.array([[place[a] for a in f.atoms[c]]
+                                                            for c in self.columns['contact']])
+        structure = features.load_native(native) if isinstance(native, (str, Path)) else getattr(native, 'native',
+                                                                                                 native)
         self.native = self._named(self.featurizer(structure))
 
     def _named(self, x): return {k: x[:, c] for k, c in self.columns.items()}
@@ -90,7 +93,8 @@ class ResidueTokens:
         "Tokens of each frame; raises `ValueError` for other columns."
         columns = np.asarray(columns, np.float32)
         if columns.ndim != 2 or columns.shape[1] != len(self.featurizer.features):
-            raise ValueError(f'columns have shape {columns.shape}; (T, {len(self.featurizer.features)}) are needed, as ResidueTokens.featurizer makes them')
+            raise ValueError(f'columns have shape {columns.shape}; (T, {len(self.featurizer.features)}) are needed, '
+                             f'as ResidueTokens.featurizer makes them')
         now = self._named(columns)
         tokens = np.zeros((len(columns), 1 + self.n_residues, len(RESIDUE)), np.float32)
         tokens[:, 0, :len(MOLECULE)] = _molecule(now, self.native, self.pairs)
@@ -101,7 +105,8 @@ class ResidueTokens:
 def _molecule(x, native, pairs):
     "What the token of the molecule holds: (T, 6)."
     span, length = np.diff(pairs)[:, 0], np.log(x['length'] / native['length'])
-    return np.c_[x['Q'], x['RMSD'] / native['Rg'], np.log(x['Rg'] / native['Rg']), x['contact'].mean(1), length.mean(1), x['contact'] @ span / span.sum()]
+    return np.c_[x['Q'], x['RMSD'] / native['Rg'], np.log(x['Rg'] / native['Rg']), x['contact'].mean(1), length.mean(1),
+                 x['contact'] @ span / span.sum()]
 
 # %% ../nbs/47_transfer.ipynb #9f1fbf47
 def _residues(x, native, pairs, n):
@@ -151,10 +156,12 @@ class TokenWindows:
         self.lengths, sizes, steps = zip(*((len(x), x.shape[1], e) for x, e in trajectories))
         self.frames = torch.zeros(sum(self.lengths), max(sizes), trajectories[0][0].shape[2])
         for rows, (x, _) in zip(self.frames.split(self.lengths), trajectories):
-            rows[:, 0], rows[:, 1:x.shape[1]] = (torch.from_numpy((x[:, part] - m) / s) for part, m, s in zip((0, slice(1, None)), mean, scale))
+            rows[:, 0], rows[:, 1:x.shape[1]] = (torch.from_numpy((x[:, part] - m) / s)
+                                                 for part, m, s in zip((0, slice(1, None)), mean, scale))
         spread = lambda values: torch.from_numpy(np.repeat(values, self.lengths))
         self.size, self.every, self.first = spread(sizes), spread(steps), spread(np.cumsum(self.lengths) - self.lengths)
-        self.back, self.pace = torch.arange(1, window), torch.from_numpy(np.stack([pace[0]] + (max(sizes) - 1) * [pace[1]]))
+        self.back, self.pace = torch.arange(1, window), torch.from_numpy(np.stack([pace[0]] + (max(sizes) - 1)
+                                                                                  * [pace[1]]))
 
     def to(self, device):
         for name, x in vars(self).items():
@@ -165,7 +172,8 @@ class TokenWindows:
         before = torch.maximum(index[:, None] - self.every[index][:, None] * self.back, self.first[index][:, None])
         x = self.frames[index]
         changes = (x[:, None] - self.frames[before]) / self.pace
-        return torch.cat([x, *changes.unbind(1)], -1), torch.arange(x.shape[1], device=x.device) < self.size[index][:, None]
+        return torch.cat([x, *changes.unbind(1)], -1), torch.arange(x.shape[1], device=x.device) < self.size[index][:,
+            None]
 
     def split(self, values): # (N,) -> list of (T,)
         "Cut a series over all frames back into trajectories."
@@ -180,7 +188,8 @@ class ResidueBody(nn.Module):
         self.width, self.encoder = hidden * (2 if layers else 1), None
         if not layers: return
         self.molecule, self.residue = nn.Linear(n_inputs, hidden), nn.Linear(n_inputs, hidden)
-        layer = nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, dropout, 'gelu', batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(hidden, heads, 2 * hidden, dropout, 'gelu', batch_first=True,
+                                           norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, batch): # (B, M, C) and bool (B, M) -> (B, width)
@@ -211,7 +220,8 @@ def committor_of(
     r = np.full(len(windows.frames), -1.) if states is None else np.concatenate(states).astype(np.float64)
     inside = np.flatnonzero(r < 0)
     index = torch.from_numpy(inside).to(windows.frames.device)
-    if len(inside): r[inside] = torch.cat([torch.sigmoid(network(windows(i))) for i in index.split(batch)]).cpu().numpy()
+    if len(inside):
+        r[inside] = torch.cat([torch.sigmoid(network(windows(i))) for i in index.split(batch)]).cpu().numpy()
     network.train(was)
     return windows.split(r)
 
@@ -224,9 +234,11 @@ class _Training(Distillation):
 
 # %% ../nbs/47_transfer.ipynb #e14a955b
 def _standard(ensembles, states):
-    "Mean and scale of the channels between the states, and their pace in units of the scale: (2, C) each, of the molecule and of residues."
+    """Mean and scale of the channels between the states, and their pace in units of the scale: (2, C) each, of the
+    molecule and of residues."""
     C, rows = ensembles[0][0].shape[2], (slice(0, 1), slice(1, None))
-    pool = lambda part, cut: np.concatenate([cut(x, s)[:, part].reshape(-1, C) for X, S in zip(ensembles, states) for x, s in zip(X, S)])
+    pool = lambda part, cut: np.concatenate([cut(x, s)[:, part].reshape(-1, C) for X, S in zip(ensembles, states)
+                                             for x, s in zip(X, S)])
     inside, change = lambda x, s: x[s < 0], lambda x, s: np.diff(x, axis=0)
     unit = lambda v: np.where(v > 1e-6, v, 1)
     values, changes = [pool(p, inside) for p in rows], [pool(p, change) for p in rows]
@@ -238,10 +250,14 @@ def _standard(ensembles, states):
 # %% ../nbs/47_transfer.ipynb #3b458b34
 def _checked(ensembles, states, name='tokens'):
     "Tokens and states of several proteins, checked together."
-    if len(ensembles) != len(states): raise ValueError(f'{name} of {len(ensembles)} proteins and states of {len(states)}; give one list of trajectories for each protein in both')
+    if len(ensembles) != len(states):
+        raise ValueError(f'{name} of {len(ensembles)} proteins and states of {len(states)}; give one list of '
+                         f'trajectories for each protein in both')
     X = [as_ensemble(x, np.float32, f'{name} of protein {i}') for i, x in enumerate(ensembles)]
-    if any(x.ndim != 3 for Y in X for x in Y): raise ValueError(f'{name} must be (T, 1 + N, C) per trajectory, in a list for each protein; see ResidueTokens')
-    if len({x.shape[2] for Y in X for x in Y}) > 1: raise ValueError(f'{name} have different numbers of channels; make them with one rule')
+    if any(x.ndim != 3 for Y in X for x in Y):
+        raise ValueError(f'{name} must be (T, 1 + N, C) per trajectory, in a list for each protein; see ResidueTokens')
+    if len({x.shape[2] for Y in X for x in Y}) > 1:
+        raise ValueError(f'{name} have different numbers of channels; make them with one rule')
     return X, [check_states(s, [len(x) for x in x_]) for s, x_ in zip(states, X)]
 
 # %% ../nbs/47_transfer.ipynb #39840c0c
@@ -267,15 +283,18 @@ class ResidueOptions:
     def __post_init__(self):
         for name in ('window', 'hidden', 'heads', 'batches', 'batch_size', 'patience'):
             if (value := getattr(self, name)) < 1: raise ValueError(f'{name}={value}; it must be at least 1')
-        if self.hidden % self.heads: raise ValueError(f'hidden={self.hidden} cannot be shared by {self.heads} heads; give a multiple')
-        if self.loss not in ('martingale', 'outcome'): raise ValueError(f'loss={self.loss!r} is not known; choose martingale or outcome')
+        if self.hidden % self.heads:
+            raise ValueError(f'hidden={self.hidden} cannot be shared by {self.heads} heads; give a multiple')
+        if self.loss not in ('martingale', 'outcome'):
+            raise ValueError(f'loss={self.loss!r} is not known; choose martingale or outcome')
         self.network, self.history, self.seconds, self.mean, self.scale, self.pace = None, [], 0., None, None, None
 
     def training(self, n_frames): # interior frames -> `distill.StudentOptions`
         "Options of the trainer of chapter 42; the length of training goes with the square root of the data."
         own = {f.name for f in fields(self)} & {f.name for f in fields(StudentOptions)}
         epochs = round(self.batches * math.sqrt(n_frames / 5000) / math.ceil(n_frames / self.batch_size))
-        return StudentOptions(architecture='transformer', max_epochs=max(2, epochs), **{k: getattr(self, k) for k in own})
+        return StudentOptions(architecture='transformer', max_epochs=max(2, epochs),
+                              **{k: getattr(self, k) for k in own})
 
 # %% ../nbs/47_transfer.ipynb #87910a60
 def _train(student, network, windows, states, validation, progress):
@@ -283,7 +302,8 @@ def _train(student, network, windows, states, validation, progress):
     options = student.training(sum(int((s < 0).sum()) for s in states))
     with tqdm(total=options.max_epochs, disable=not progress, desc='residues') as bar:
         model = _Training(options, network, windows, states, None, validation, '', lambda row: bar.update())
-        pl.Trainer(max_epochs=options.max_epochs, accelerator='cpu', devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        pl.Trainer(max_epochs=options.max_epochs, accelerator='cpu', devices=1, logger=False,
+                   enable_checkpointing=False, enable_progress_bar=False,
                    enable_model_summary=False, num_sanity_val_steps=0).fit(model)
     network.load_state_dict(model.log_book['best'])
     return model.log_book
@@ -297,7 +317,9 @@ class _Stored:
         "Write `residues.safetensors`."
         if self.network is None: raise ValueError('this student has not been trained; call fit first')
         Path(directory).mkdir(parents=True, exist_ok=True)
-        tensors = {f'network.{k}': v.contiguous() for k, v in self.network.state_dict().items()} | {k: torch.from_numpy(getattr(self, k)) for k in ('mean', 'scale', 'pace')}
+        tensors = {f'network.{k}': v.contiguous()
+                   for k, v in self.network.state_dict().items()} | {k: torch.from_numpy(getattr(self, k))
+                                                                     for k in ('mean', 'scale', 'pace')}
         card = json.dumps(dict(options=asdict(self), seconds=self.seconds, history=self.history))
         replacing(Path(directory) / 'residues.safetensors', lambda p: save_file(tensors, str(p), dict(card=card)))
 
@@ -307,8 +329,10 @@ class _Stored:
     ) -> 'ResidueStudent':
         "Read a student back; raises `FileNotFoundError` if the directory holds none."
         path = Path(directory) / 'residues.safetensors'
-        if not path.exists(): raise FileNotFoundError(f'{directory} has no {path.name}; give the directory that ResidueStudent.save wrote')
-        with safe_open(str(path), 'pt') as f: card, tensors = json.loads(f.metadata()['card']), {k: f.get_tensor(k) for k in f.keys()}
+        if not path.exists():
+            raise FileNotFoundError(f'{directory} has no {path.name}; give the directory that ResidueStudent.save wrote')
+        with safe_open(str(path), 'pt') as f:
+            card, tensors = json.loads(f.metadata()['card']), {k: f.get_tensor(k) for k in f.keys()}
         self = cls(**card['options'])
         self.mean, self.scale, self.pace = (tensors.pop(k).numpy() for k in ('mean', 'scale', 'pace'))
         self.network = self._network({k.removeprefix('network.'): v for k, v in tensors.items()})
@@ -324,14 +348,16 @@ class _Built(ResidueOptions):
     def _network(self, weights=None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            network = ResidueNetwork(self.mean.shape[1] * self.window, self.hidden, self.layers, self.heads, self.dropout)
+            network = ResidueNetwork(self.mean.shape[1] * self.window, self.hidden, self.layers, self.heads,
+                                     self.dropout)
         if weights is not None: network.load_state_dict(weights)
         return network.eval()
 
     def _windows(self, ensembles, every):
         every = np.broadcast_to(every, len(ensembles)).tolist()
         if min(every) < 1: raise ValueError(f'every={every}; the window needs steps of at least one frame')
-        return TokenWindows([[x if self.layers else x[:, :1] for x in X] for X in ensembles], self.mean, self.scale, self.pace, self.window, every)
+        return TokenWindows([[x if self.layers else x[:, :1] for x in X] for X in ensembles], self.mean, self.scale,
+                            self.pace, self.window, every)
 
 # %% ../nbs/47_transfer.ipynb #5e35972e
 class ResidueStudent(_Built, _Stored):
@@ -349,12 +375,15 @@ class ResidueStudent(_Built, _Stored):
         X, S = _checked(tokens, states)
         _same(self, start, head, X)
         self.mean, self.scale, self.pace = (start.mean, start.scale, start.pace) if start else _standard(X, S)
-        network, flat, began = self._network(start and start.network.state_dict()), [s for s_ in S for s in s_], time.perf_counter()
+        network, flat, began = self._network(start and start.network.state_dict()), [s for s_ in S
+                                                                                     for s in s_], time.perf_counter()
         if validation: V, W = _checked([validation[0]], [validation[1]], 'validation tokens')
         with quiet(self.threads):
             torch.manual_seed(self.seed)
             if head: solve_head(network, self._windows(X, every), flat, self.lam)
-            else: self.history = _train(self, network, self._windows(X, every), flat, (self._windows(V, np.ravel(every)[-1]), W[0]) if validation else None, progress)['history']
+            else:
+                self.history = _train(self, network, self._windows(X, every), flat,
+                    (self._windows(V, np.ravel(every)[-1]), W[0]) if validation else None, progress)['history']
         self.network, self.seconds = network.eval(), time.perf_counter() - began
         return self
 
@@ -366,15 +395,19 @@ class ResidueStudent(_Built, _Stored):
         "Committor of every frame; nothing later is read."
         if self.network is None: raise ValueError('this student has not been trained; call fit or load first')
         X = as_ensemble(tokens, np.float32, 'tokens')
-        if any(x.ndim != 3 or x.shape[2] != self.mean.shape[1] for x in X): raise ValueError(f'this student reads (T, 1 + N, {self.mean.shape[1]}) tokens; found {X[0].shape}')
+        if any(x.ndim != 3 or x.shape[2] != self.mean.shape[1] for x in X):
+            raise ValueError(f'this student reads (T, 1 + N, {self.mean.shape[1]}) tokens; found {X[0].shape}')
         if states is not None: states = check_states(states, [len(x) for x in X], both=False)
         with quiet(self.threads): return committor_of(self.network, self._windows([X], every), states)
 
 # %% ../nbs/47_transfer.ipynb #485cd839
 def _same(student, start, head, X):
     "Refuse to go on from a student of another shape."
-    if head and start is None: raise ValueError('head=True changes the last layer of a trained student; give it as start=')
+    if head and start is None:
+        raise ValueError('head=True changes the last layer of a trained student; give it as start=')
     if start is None: return
     if start.network is None: raise ValueError('start= has not been trained; call fit or load first')
-    if any(getattr(student, k) != getattr(start, k) for k in ('window', 'hidden', 'layers', 'heads')) or X[0][0].shape[2] != start.mean.shape[1]:
-        raise ValueError('start= has another window, width, number of layers or heads, or other channels; make the new student with the same')
+    if any(getattr(student, k) != getattr(start, k) for k in ('window', 'hidden', 'layers',
+                                                              'heads')) or X[0][0].shape[2] != start.mean.shape[1]:
+        raise ValueError('start= has another window, width, number of layers or heads, or other channels; make the '
+                         'new student with the same')

@@ -60,7 +60,8 @@ def _pdb_rows(text):
         for residue in chain:
             for atom in residue.iter_atoms('*'):
                 for alternate, place in atom.locations.items():
-                    yield Row(k, chain.chain_id.strip(), f'{residue.number}{residue.insertion_code.strip()}', place.residue_name.strip(), atom.name_with_spaces.strip(), alternate.strip(),
+                    yield Row(k, chain.chain_id.strip(), f'{residue.number}{residue.insertion_code.strip()}',
+                              place.residue_name.strip(), atom.name_with_spaces.strip(), alternate.strip(),
                               place.occupancy, atom.element_symbol, tuple(place.position.value_in_unit(unit.nanometer)))
 
 # %% ../nbs/30_tree.ipynb #0079e35b
@@ -68,20 +69,26 @@ def _cif_rows(text):
     data = []
     PdbxReader(io.StringIO(text)).read(data)
     table = data[0].getObj('atom_site')
-    column = lambda *names: next(([r[i] for r in table.getRowList()] for n in names if (i := table.getAttributeIndex(n)) >= 0), ['.']*table.getRowCount())
+    column = lambda *names: next(([r[i] for r in table.getRowList()]
+                                  for n in names if (i := table.getAttributeIndex(n)) >= 0), ['.']*table.getRowCount())
     known = lambda v, other='': other if v in ('.', '?') else v
-    labels, chains, models = column('label_asym_id', 'auth_asym_id'), column('auth_asym_id', 'label_asym_id'), column('pdbx_PDB_model_num')
+    labels, chains, models = column('label_asym_id', 'auth_asym_id'), column('auth_asym_id',
+        'label_asym_id'), column('pdbx_PDB_model_num')
     place = {c: i for i, c in enumerate(dict.fromkeys(labels))}
-    for model, label, chain, number, code, residue, atom, alternate, occupancy, element, x, y, z in zip(models, labels, chains, column('auth_seq_id', 'label_seq_id'), column('pdbx_PDB_ins_code'),
-            column('auth_comp_id', 'label_comp_id'), column('auth_atom_id', 'label_atom_id'), column('label_alt_id'), column('occupancy'), column('type_symbol'), *map(column, ('Cartn_x', 'Cartn_y', 'Cartn_z'))):
+    for model, label, chain, number, code, residue, atom, alternate, occupancy, element, x, y, z in zip(models, labels,
+        chains, column('auth_seq_id', 'label_seq_id'), column('pdbx_PDB_ins_code'),
+            column('auth_comp_id', 'label_comp_id'), column('auth_atom_id', 'label_atom_id'), column('label_alt_id'),
+            column('occupancy'), column('type_symbol'), *map(column, ('Cartn_x', 'Cartn_y', 'Cartn_z'))):
         if model != models[0]: break
-        yield Row(place[label], known(chain), number + known(code), residue, atom, known(alternate), float(known(occupancy, 1)), element, (float(x)/10, float(y)/10, float(z)/10))
+        yield Row(place[label], known(chain), number + known(code), residue, atom, known(alternate),
+                  float(known(occupancy, 1)), element, (float(x)/10, float(y)/10, float(z)/10))
 
 # %% ../nbs/30_tree.ipynb #aab775d0
 def _trajectory_rows(t):
     for atom, x in zip(t.topology.atoms, t.xyz[0].tolist()):
         r = atom.residue
-        yield Row(r.chain.index, (r.chain.chain_id or '').strip(), str(r.resSeq), r.name, atom.name, '', 1.0, atom.element.symbol if atom.element else '', tuple(x))
+        yield Row(r.chain.index, (r.chain.chain_id or '').strip(), str(r.resSeq), r.name, atom.name, '', 1.0,
+                  atom.element.symbol if atom.element else '', tuple(x))
 
 # %% ../nbs/30_tree.ipynb #2cbfa38d
 def _rows(source): # list of `Row`, what it is called
@@ -94,7 +101,9 @@ def _rows(source): # list of `Row`, what it is called
     try:
         with unpack(path, 'rt', errors='replace') as f: text = f.read()
         rows = list((_cif_rows if kind in ('.cif', '.mmcif', '.pdbx') else _pdb_rows)(text))
-    except Exception as e: raise ValueError(f'{path}: not a PDB or mmCIF file that can be read ({e}); files end in .pdb, .ent, .cif or .mmcif, with .gz, .bz2 or .xz after it if packed') from e
+    except Exception as e:
+        raise ValueError(f'{path}: not a PDB or mmCIF file that can be read ({e}); files end in .pdb, .ent, .cif or '
+                         f'.mmcif, with .gz, .bz2 or .xz after it if packed') from e
     if not rows: raise ValueError(f'{path}: has no atoms; give a PDB or mmCIF file with coordinates')
     return rows, path.name
 
@@ -103,7 +112,8 @@ MAIN_CHAIN = ('N', 'CA', 'C')
 
 def _conformer(rows): # of one residue -> the rows of one conformer, its letter, the other letters
     plain, lettered = ({r.atom for r in rows if bool(r.alternate) is b} for b in (False, True))
-    rows = [r._replace(alternate='-') if not r.alternate and r.atom in plain & lettered else r for r in rows] # no letter is a letter too
+    # no letter is a letter too
+    rows = [r._replace(alternate='-') if not r.alternate and r.atom in plain & lettered else r for r in rows]
     letters = sorted({r.alternate for r in rows} - {''})
     if not letters: return rows, '', ()
     one = lambda a: [r for r in rows if r.alternate == a]
@@ -116,8 +126,11 @@ def _residue_rows(rows): # lists of rows, one a residue
     groups, seen = [], set()
     for i, r in enumerate(rows):
         place, before = (r.chain, r.number), groups[-1][-1][1] if groups else None
-        same = before is not None and place == (before.chain, before.number) and (r.residue == before.residue or r.alternate or before.alternate)
-        if not same or (r.atom, r.alternate) == ('N', '') and ('N', '') in seen: groups.append([]); seen = set()
+        same = before is not None and place == (before.chain,
+            before.number) and (r.residue == before.residue or r.alternate or before.alternate)
+        if not same or (r.atom, r.alternate) == ('N', '') and ('N', '') in seen:
+            groups.append([])
+            seen = set()
         groups[-1].append((i, r))
         seen.add((r.atom, r.alternate))
     return groups
@@ -149,7 +162,8 @@ UNK 0 CB
 '''.strip().splitlines())} | {k: (0, '') for k in ('GLY', 'ACE', 'NME', 'NH2')}
 CLOSURES = dict(HIS=['CE1-NE2'], PHE=['CE2-CZ'], TYR=['CE2-CZ'], TRP=['NE1-CE2', 'CE3-CZ3'], PRO=['N-CD'])
 CAP_ATOMS = dict(ACE=('CA', 'C'), NME=('N', 'CA'), NH2=('N',)) # of a cap, in the backbone
-KINDS = ('ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL UNK ACE NME NH2').split() # types of a token
+# types of a token
+KINDS = ('ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL UNK ACE NME NH2').split()
 
 # %% ../nbs/30_tree.ipynb #d1f49822
 _LIKE = dict(UNK='ALA', ACE='ALA', NME='ALA', NH2='ALA', NLE='LYS', MSE='MET')
@@ -162,7 +176,8 @@ def _bond(kind, *names): # two bonds that meet in the middle atom: nm, rad, nm; 
 
 # %% ../nbs/30_tree.ipynb #57c936a7
 def _beta_offset(kind): # torsion of CB minus that of C about N-CA, from the three angles at CA
-    (_, ncb, _), (_, nc, _), (_, ccb, _) = (_bond(kind, *n) for n in (('N', 'CA', 'CB'), ('N', 'CA', 'C'), ('CB', 'CA', 'C')))
+    (_, ncb, _), (_, nc, _), (_, ccb, _) = (_bond(kind, *n) for n in (('N', 'CA', 'CB'), ('N', 'CA', 'C'),
+                                                                      ('CB', 'CA', 'C')))
     return -np.arccos((np.cos(ccb) - np.cos(ncb)*np.cos(nc))/(np.sin(ncb)*np.sin(nc)))
 
 # %% ../nbs/30_tree.ipynb #d2e18adc
@@ -198,8 +213,11 @@ def plot_template(kind: str, ax=None):
         place[atom] = x + 1, y + 0.8*children[b.parent]
         children[b.parent] += 1
     for atom, b in nodes.items():
-        if b.parent: ax.plot(*zip(place[b.parent], place[atom]), color='C1' if b.torsion and not b.offset else 'black', lw=2, zorder=1)
-        ax.annotate(atom, place[atom], ha='center', va='center', fontsize=8, bbox=dict(boxstyle='circle', fc='white', ec='C0'))
+        if b.parent:
+            ax.plot(*zip(place[b.parent], place[atom]), color='C1' if b.torsion and not b.offset else 'black', lw=2,
+                    zorder=1)
+        ax.annotate(atom, place[atom], ha='center', va='center', fontsize=8,
+                    bbox=dict(boxstyle='circle', fc='white', ec='C0'))
     for pair in CLOSURES.get(kind, ()): ax.plot(*zip(*(place[a] for a in pair.split('-'))), ':', color='gray', zorder=0)
     ax.set(title=kind, xlabel='bonds from N', yticks=[])
     ax.margins(0.1, 0.2)
@@ -228,7 +246,8 @@ class Residue:
 # %% ../nbs/30_tree.ipynb #e7fff9c7
 _ENDS = {'OT1': 'O', 'OT2': 'OXT', 'OC1': 'O', 'OC2': 'OXT', 'O1': 'O', 'O2': 'OXT', 'OT': 'O'}
 _RENAMED = dict(ACE={'CH3': 'CA'}, NME={'CH3': 'CA', 'C': 'CA'}, ILE={'CD': 'CD1'}, GLU={'OE': 'OE1'})
-_PARENTS = {k: v for k, v in substitutions.items() if v in SIDE_CHAINS} | ALIASES | {'NMA': 'NME', 'NMET': 'NME'} | {k: k for k in SIDE_CHAINS}
+_PARENTS = {k: v for k, v in substitutions.items() if v in SIDE_CHAINS} | ALIASES | {'NMA': 'NME',
+    'NMET': 'NME'} | {k: k for k in SIDE_CHAINS}
 
 def _kind(name, names, parents): # template of a residue, None for what is no amino acid
     return parents.get(name) or ('UNK' if set(MAIN_CHAIN) <= names else None)
@@ -240,23 +259,28 @@ def _as_residue(group, parents): # [(place in the file, Row)] of one residue
     kind = _kind(first.residue, {r.atom for r in rows}, parents)
     new = Residue(first.chain[0], first.chain_id, first.number, first.residue, kind, {}, {}, [], letter, others)
     if kind is None: return new
-    known = {*(CAP_ATOMS.get(kind) or MAIN_CHAIN), *template(kind)} - ({'O', 'OXT'} if kind in ('NME', 'NH2') else set())
+    known = {*(CAP_ATOMS.get(kind) or MAIN_CHAIN), *template(kind)} - ({'O', 'OXT'} if kind in ('NME', 'NH2')
+                                                                       else set())
     for r in rows:
         name = _RENAMED.get(kind, {}).get(r.atom) or (_ENDS.get(r.atom, r.atom) if kind not in CAP_ATOMS else r.atom)
-        if (r.element or r.atom.lstrip('0123456789')[:1]).upper() in ('H', 'D'): new.hydrogens.append((r.chain[1], r.atom))
+        if (r.element or r.atom.lstrip('0123456789')[:1]).upper() in ('H', 'D'):
+            new.hydrogens.append((r.chain[1], r.atom))
         elif name in known and name not in new.atoms: new.atoms[name], new.called[name] = r.chain[1], r.atom
         else: new.dropped += (r.atom,)
     return new
 
 # %% ../nbs/30_tree.ipynb #bc6a5e7b
 def read_residues(source, parents: dict|None = None): # names of residues -> templates, over the built-in ones
-    "Residues of a file, PDB id or trajectory (all of them, `kind` None for no amino acid), positions `(N, 3)` in nm, and the name of the source."
+    """Residues of a file, PDB id or trajectory (all of them, `kind` None for no amino acid), positions `(N, 3)` in
+    nm, and the name of the source."""
     rows, name = _rows(source)
     table = _PARENTS | {k.upper(): v.upper() for k, v in (parents or {}).items()}
-    if bad := [v for v in (parents or {}).values() if v.upper() not in SIDE_CHAINS]: raise ValueError(f'parents: {bad[0]!r} is no template; choose from {", ".join(SIDE_CHAINS)}')
+    if bad := [v for v in (parents or {}).values() if v.upper() not in SIDE_CHAINS]:
+        raise ValueError(f'parents: {bad[0]!r} is no template; choose from {", ".join(SIDE_CHAINS)}')
     x = np.array([r.xyz for r in rows], float)
     residues = [_as_residue(g, table) for g in _residue_rows(rows)]
-    for r in residues: r.mirrored = r.kind not in (None, 'GLY') and bool(_mirrored({n: x[i] for n, i in r.atoms.items()}))
+    for r in residues:
+        r.mirrored = r.kind not in (None, 'GLY') and bool(_mirrored({n: x[i] for n, i in r.atoms.items()}))
     return residues, x, name
 
 # %% ../nbs/30_tree.ipynb #17576421
@@ -269,7 +293,8 @@ def _grow(r, start): # backbone atoms of a residue that can follow a bond, or be
     return list(wanted[:have])
 
 # %% ../nbs/30_tree.ipynb #ad0e3123
-def _segments(residues, x): # lists of (residue, atom name) along the backbone; breaks (residue before, residue after, nm or None)
+# lists of (residue, atom name) along the backbone; breaks (residue before, residue after, nm or None)
+def _segments(residues, x):
     segments, breaks, now, last = [], [], [], None
     for i, r in enumerate(residues):
         if r.kind is None: continue
@@ -278,7 +303,9 @@ def _segments(residues, x): # lists of (residue, atom name) along the backbone; 
         gap = np.linalg.norm(x[residues[last].atoms['C']] - x[r.atoms['N']]) if ends else None
         joined = bool(now) and now[-1] == (last, 'C') and ends and gap < BREAK_NM
         if near and not joined: breaks.append((last, i, gap))
-        if not joined: now = []; segments.append(now)
+        if not joined:
+            now = []
+            segments.append(now)
         now += [(i, n) for n in _grow(r, start=not joined)]
         last = i
     return [s for s in segments if len(s) > 2], breaks
@@ -286,7 +313,8 @@ def _segments(residues, x): # lists of (residue, atom name) along the backbone; 
 # %% ../nbs/30_tree.ipynb #09290006
 TORSIONS = ('omega', 'phi', 'psi', 'chi1', 'chi2', 'chi3', 'chi4', 'chi5')
 ANGLES = TORSIONS + ('C-N-CA', 'N-CA-C', 'CA-C-N') # the eleven columns of the default level
-_SLOT = {'N': ('psi', 'CA-C-N', -1), 'CA': ('omega', 'C-N-CA', 0), 'C': ('phi', 'N-CA-C', 0)} # torsion, angle, whose they are: the residue before or its own
+# torsion, angle, whose they are: the residue before or its own
+_SLOT = {'N': ('psi', 'CA-C-N', -1), 'CA': ('omega', 'C-N-CA', 0), 'C': ('phi', 'N-CA-C', 0)}
 
 class _Node(NamedTuple): # an atom on its way into the tree
     residue: int
@@ -302,24 +330,29 @@ def _backbone_nodes(segment, residues):
     for k, (i, atom) in enumerate(segment):
         torsion, angle, before = _SLOT[atom]
         owner = segment[k + before][0]
-        yield _Node(i, atom, residues[i].atoms[atom], segment[k-1] if k else None, (owner, torsion) if k > 1 else None, (owner, angle) if k > 1 else None)
+        yield _Node(i, atom, residues[i].atoms[atom], segment[k-1] if k else None, (owner, torsion) if k > 1 else None,
+                    (owner, angle) if k > 1 else None)
 
 # %% ../nbs/30_tree.ipynb #aa584e23
 def _side_nodes(residues, nodes): # adds to {(residue, atom): node} whatever hangs on what is there
     for i, r in enumerate(residues):
         for atom, (parent, torsion, _) in (template(r.kind) if r.kind else {}).items():
             if atom in r.atoms and (i, parent) in nodes:
-                nodes[i, atom] = _Node(i, atom, r.atoms[atom], (i, parent), torsion and (i, torsion), None, nodes[i, parent].depth + 1)
+                nodes[i, atom] = _Node(i, atom, r.atoms[atom], (i, parent), torsion and (i, torsion), None,
+                                       nodes[i, parent].depth + 1)
 
 # %% ../nbs/30_tree.ipynb #9dacbf61
-def _hydrogen_nodes(residues, x, nodes): # each hangs on the nearest heavy atom of its residue, and turns with its sisters there
+# each hangs on the nearest heavy atom of its residue, and turns with its sisters there
+def _hydrogen_nodes(residues, x, nodes):
     sisters = {n.parent: n.torsion for n in reversed(list(nodes.values())) if n.parent}
     for i, r in enumerate(residues):
         heavy = [(i, a) for a in r.atoms if (i, a) in nodes]
         for place, name in r.hydrogens if heavy else ():
             d = [np.linalg.norm(x[place] - x[nodes[h].place]) for h in heavy]
             parent = heavy[int(np.argmin(d))]
-            if min(d) < 0.15: nodes[i, f'{name}@{place}'] = _Node(i, name, place, parent, sisters.get(parent), None, nodes[parent].depth + 1)
+            if min(d) < 0.15:
+                nodes[i, f'{name}@{place}'] = _Node(i, name, place, parent, sisters.get(parent), None,
+                                                    nodes[parent].depth + 1)
 
 # %% ../nbs/30_tree.ipynb #17a68192
 @dataclass(frozen=True)
@@ -347,11 +380,18 @@ class Summary:
 def _report(s): # lines
     atoms = lambda pairs: ', '.join(f'{r} ({" ".join(a)})' for r, a in pairs)
     gap = lambda d: 'C or N missing' if d is None else f'C-N {d:.2f} nm'
-    yield f'{s.source}: ' + ', '.join(f'chain {c or "without a name"} with {n} residues and {a} atoms' for c, n, a in s.chains) + f'; {s.segments} unbroken segments.'
-    lines = {'Alternate locations': [f'{r} {kept} kept, {" ".join(o)} left out' for r, kept, o in s.alternates], 'Mapped': [f'{r} as {k}' for r, k in s.mapped], 'Unknown, only backbone and CB kept': s.unknown,
-             'D amino acids': s.mirrored, 'Missing atoms': [atoms(s.missing)]*bool(s.missing), 'Not placed, nothing to hang on': [atoms(s.unplaced)]*bool(s.unplaced), 'Not in the template': [atoms(s.dropped)]*bool(s.dropped),
-             'Chain breaks': [f'{a} | {b} ({gap(d)})' for a, b, d in s.breaks], 'Cis peptide bonds before': [f'{r} ({np.degrees(o):.0f} degrees)' for r, o in s.cis],
-             'Disulfides': [f'{a} - {b} ({d:.3f} nm)' for a, b, d in s.disulfides], 'No amino acids, left out': [f'{n} {name}' for name, n in s.others], 'Hydrogens left out': [str(s.hydrogens)]*bool(s.hydrogens)}
+    yield f'{s.source}: ' + ', '.join(f'chain {c or "without a name"} with {n} residues and {a} atoms'
+                                      for c, n, a in s.chains) + f'; {s.segments} unbroken segments.'
+    lines = {'Alternate locations': [f'{r} {kept} kept, {" ".join(o)} left out' for r, kept, o in s.alternates],
+             'Mapped': [f'{r} as {k}' for r, k in s.mapped], 'Unknown, only backbone and CB kept': s.unknown,
+             'D amino acids': s.mirrored, 'Missing atoms': [atoms(s.missing)]*bool(s.missing), 'Not placed, nothing '
+                 'to hang on': [atoms(s.unplaced)]*bool(s.unplaced),
+                 'Not in the template': [atoms(s.dropped)]*bool(s.dropped),
+             'Chain breaks': [f'{a} | {b} ({gap(d)})' for a, b, d in s.breaks],
+             'Cis peptide bonds before': [f'{r} ({np.degrees(o):.0f} degrees)' for r, o in s.cis],
+             'Disulfides': [f'{a} - {b} ({d:.3f} nm)' for a, b, d in s.disulfides],
+             'No amino acids, left out': [f'{n} {name}' for name, n in s.others],
+             'Hydrogens left out': [str(s.hydrogens)]*bool(s.hydrogens)}
     yield from (f'{title}: {", ".join(items)}.' for title, items in lines.items() if items)
 
 # %% ../nbs/30_tree.ipynb #dbf86742
@@ -375,7 +415,8 @@ class Tree:
     summary: 'Summary' = None
 
     def __len__(self): return len(self.atoms)
-    def __repr__(self): return f'Tree({self.source}: {len(self)} atoms, {len(self.residues)} residues, {len(self.segments)} segments)'
+    def __repr__(self):
+        return f'Tree({self.source}: {len(self)} atoms, {len(self.residues)} residues, {len(self.segments)} segments)'
 
     @property
     def segment(self) -> np.ndarray: # (R,)
@@ -395,7 +436,9 @@ class Tree:
 
     def coordinates(self, trajectory: md.Trajectory, dtype=torch.float64) -> torch.Tensor: # (F, A, 3) nm
         "Positions of the tree's atoms in the frames of a trajectory with the atoms of the input."
-        if trajectory.n_atoms <= self.atoms.max(): raise ValueError(f'the trajectory has {trajectory.n_atoms} atoms, the tree of {self.source} was made from more; make the tree from a frame of the trajectory')
+        if trajectory.n_atoms <= self.atoms.max():
+            raise ValueError(f'the trajectory has {trajectory.n_atoms} atoms, the tree of {self.source} was made from '
+                             f'more; make the tree from a frame of the trajectory')
         return torch.as_tensor(trajectory.xyz[:, self.atoms], dtype=dtype)
 
 # %% ../nbs/30_tree.ipynb #345140f7
@@ -405,14 +448,17 @@ def _topology(tree: Tree) -> md.Topology:
     for r, name, element in zip(tree.residue, tree.names, tree.elements):
         res = tree.residues[r]
         if res.chain not in chains: chains[res.chain] = top.add_chain(chain_id=res.chain_id or None)
-        if r not in new: new[r] = top.add_residue(res.name, chains[res.chain], resSeq=int(''.join(c for c in res.number if c in '-0123456789')))
+        if r not in new:
+            new[r] = top.add_residue(res.name, chains[res.chain],
+                                     resSeq=int(''.join(c for c in res.number if c in '-0123456789')))
         top.add_atom(name, md.element.get_by_symbol(element), new[r])
     top.create_standard_bonds()
     return top
 
 def _trajectory(tree: Tree, xyz) -> md.Trajectory: # positions `(F, A, 3)` nm
     "Positions as a trajectory that mdtraj can save."
-    return md.Trajectory(np.asarray(xyz.detach().cpu() if hasattr(xyz, 'detach') else xyz, np.float32).reshape(-1, len(tree), 3), _topology(tree))
+    return md.Trajectory(np.asarray(xyz.detach().cpu() if hasattr(xyz, 'detach') else xyz, np.float32).reshape(-1,
+        len(tree), 3), _topology(tree))
 
 Tree.topology, Tree.trajectory = property(_topology), _trajectory
 
@@ -423,13 +469,17 @@ def _as_tree(residues, x, name, nodes, segments):
     used = sorted({i for i, _ in order})
     row, rank = {i: r for r, i in enumerate(used)}, {k: j for j, k in enumerate(nodes)}
     column = {c: j for j, c in enumerate(ANGLES)}
-    slots = lambda which: np.array([-1 if (s := getattr(nodes[k], which)) is None else row[s[0]]*len(ANGLES) + column[s[1]] for k in order])
+    slots = lambda which: np.array([-1 if (s := getattr(nodes[k], which)) is None
+                                    else row[s[0]]*len(ANGLES) + column[s[1]] for k in order])
     places = np.array([nodes[k].place for k in order])
     label = lambda k: residues[k[0]].called.get(k[1], nodes[k].atom)
     element = lambda k: 'H' if nodes[k].place not in residues[k[0]].atoms.values() else 'Se' if nodes[k].atom == 'SE' else nodes[k].atom[0]
-    return Tree(name, tuple(residues[i] for i in used), tuple(map(label, order)), tuple(map(element, order)), places, x[places], np.array([row[i] for i, _ in order]),
-                np.array([at.get(nodes[k].parent, -1) for k in order]), np.array([nodes[k].depth for k in order]), np.array([rank[k] for k in order]), slots('torsion'), slots('angle'),
-                np.array([_ideal(nodes[k], residues, nodes) for k in order]).T, tuple(np.array([at[k] for k in s]) for s in segments))
+    return Tree(name, tuple(residues[i] for i in used), tuple(map(label, order)), tuple(map(element, order)), places,
+                x[places], np.array([row[i] for i, _ in order]),
+                np.array([at.get(nodes[k].parent, -1) for k in order]), np.array([nodes[k].depth for k in order]),
+                np.array([rank[k] for k in order]), slots('torsion'), slots('angle'),
+                np.array([_ideal(nodes[k], residues, nodes) for k in order]).T,
+                tuple(np.array([at[k] for k in s]) for s in segments))
 
 # %% ../nbs/30_tree.ipynb #b8910a92
 def _ideal(node, residues, nodes): # length nm, angle rad, torsion minus that of the table rad; NaN for a hydrogen
@@ -437,8 +487,10 @@ def _ideal(node, residues, nodes): # length nm, angle rad, torsion minus that of
     if node.parent is None: return 0, np.pi, 0
     if node.place not in residues[node.residue].atoms.values(): return (np.nan,)*3
     if atom == 'N': return _bond(kind, 'XC', 'N', 'CA')[0], _bond(residues[node.parent[0]].kind, 'CA', 'C', 'XN')[1], 0
-    if atom == 'CA' and node.parent[1] == 'C': return _bond(kind, 'XC', 'N', 'CA')[2], _bond(kind, 'XC', 'N', 'CA')[1], 0
-    if atom in MAIN_CHAIN: return _bond(kind, 'N', 'CA', 'C')[0 if atom == 'CA' else 2], _bond(kind, 'N', 'CA', 'C')[1], 0
+    if atom == 'CA' and node.parent[1] == 'C':
+        return _bond(kind, 'XC', 'N', 'CA')[2], _bond(kind, 'XC', 'N', 'CA')[1], 0
+    if atom in MAIN_CHAIN:
+        return _bond(kind, 'N', 'CA', 'C')[0 if atom == 'CA' else 2], _bond(kind, 'N', 'CA', 'C')[1], 0
     parent, _, offset = template(kind)[atom]
     grand = {'C': 'CA', 'CA': 'N', 'CB': 'CA'}.get(parent) or template(kind)[parent].parent
     if kind == 'MSE' and 'SE' in (parent, atom): return 0.195, np.radians(112.7 if atom == 'SE' else 98.9), 0
@@ -446,17 +498,24 @@ def _ideal(node, residues, nodes): # length nm, angle rad, torsion minus that of
     return length, angle, offset*(-1 if residues[node.residue].mirrored else 1)
 
 # %% ../nbs/30_tree.ipynb #c79a5c2d
-def read_tree(source,                    # PDB or mmCIF file (.gz and .xz too), PDB id, or a `md.Trajectory`, of which the first frame counts
+# PDB or mmCIF file (.gz and .xz too), PDB id, or a `md.Trajectory`, of which the first frame counts
+def read_tree(source,
               hydrogens: bool = False,   # keep those of the input
-              parents: dict|None = None  # residue name -> name of the residue whose template it follows, over the built-in ones
+              # residue name -> name of the residue whose template it follows, over the built-in ones
+              parents: dict|None = None
               ) -> Tree:
     "The tree of a structure; `summary` says what was kept, masked, mapped and split."
     residues, x, name = read_residues(source, parents)
-    if not any(r.kind for r in residues): raise ValueError(f'{name}: has no amino acid among its {len(residues)} residues; a protein is needed')
-    if bad := next((f'{a} of {r.label}' for r in residues for a, i in r.atoms.items() if not np.isfinite(x[i]).all()), None): raise ValueError(f'{name}: atom {bad} has a coordinate that is not a number; mend the file')
+    if not any(r.kind for r in residues):
+        raise ValueError(f'{name}: has no amino acid among its {len(residues)} residues; a protein is needed')
+    if bad := next((f'{a} of {r.label}' for r in residues for a, i in r.atoms.items() if not np.isfinite(x[i]).all()),
+                   None):
+        raise ValueError(f'{name}: atom {bad} has a coordinate that is not a number; mend the file')
     segments, breaks = _segments(residues, x)
     _check_whole(source, residues, x, breaks)
-    if not segments: raise ValueError(f'{name}: no residue has all of N, CA and C, so no frame can be laid; a C-alpha model has no tree')
+    if not segments:
+        raise ValueError(f'{name}: no residue has all of N, CA and C, so no frame can be laid; a C-alpha model has no '
+                         f'tree')
     nodes = {(n.residue, n.atom): n for s in segments for n in _backbone_nodes(s, residues)}
     _side_nodes(residues, nodes)
     if hydrogens: _hydrogen_nodes(residues, x, nodes)
@@ -470,28 +529,38 @@ def _summary(tree, residues, x, nodes, breaks, hydrogens):
     label = lambda i: residues[i].label
     chains = {}
     for i, r in enumerate(tree.residues): chains.setdefault((r.chain, r.chain_id), []).append(inside[i])
-    absent = lambda r: tuple(a for a in (*(CAP_ATOMS.get(r.kind) or MAIN_CHAIN), *template(r.kind)) if a not in r.atoms and a != 'OXT' and not (a == 'O' and r.kind in ('NME', 'NH2')))
+    absent = lambda r: tuple(a for a in (*(CAP_ATOMS.get(r.kind) or MAIN_CHAIN), *template(r.kind))
+                             if a not in r.atoms and a != 'OXT' and not (a == 'O' and r.kind in ('NME', 'NH2')))
     lost = lambda i, r: tuple(r.called[a] for a in r.atoms if (i, a) not in nodes)
     every = [(i, r) for i, r in enumerate(residues) if r.kind]
     pairs = lambda f: tuple((r.label, a) for i, r in every if (a := f(i, r)))
-    return Summary(tree.source, tuple((c, len(n), sum(n)) for (_, c), n in chains.items()), len(tree.segments), tuple((r.label, r.alternate, r.others) for _, r in every if r.others),
-        tuple((r.label, r.kind) for _, r in every if r.name != r.kind and r.kind != 'UNK'), tuple(r.label for _, r in every if r.kind == 'UNK'), tuple(r.label for _, r in every if r.mirrored),
-        pairs(lambda i, r: absent(r) if id(r) in kept else ()), pairs(lost), pairs(lambda i, r: r.dropped), tuple((label(i), label(j), d) for i, j, d in breaks),
-        _cis(tree), tuple((tree.residues[tree.residue[a]].label, tree.residues[tree.residue[b]].label, d) for a, b, d in _disulfides(tree)),
-        tuple(sorted(Counter(r.name for r in residues if not r.kind).items())), 0 if hydrogens else sum(len(r.hydrogens) for _, r in every))
+    return Summary(tree.source, tuple((c, len(n), sum(n)) for (_, c), n in chains.items()), len(tree.segments),
+                   tuple((r.label, r.alternate, r.others) for _, r in every if r.others),
+        tuple((r.label, r.kind) for _, r in every if r.name != r.kind and r.kind != 'UNK'),
+        tuple(r.label for _, r in every if r.kind == 'UNK'), tuple(r.label for _, r in every if r.mirrored),
+        pairs(lambda i, r: absent(r) if id(r) in kept else ()), pairs(lost), pairs(lambda i, r: r.dropped),
+        tuple((label(i), label(j), d) for i, j, d in breaks),
+        _cis(tree), tuple((tree.residues[tree.residue[a]].label, tree.residues[tree.residue[b]].label, d)
+                          for a, b, d in _disulfides(tree)),
+        tuple(sorted(Counter(r.name for r in residues if not r.kind).items())),
+        0 if hydrogens else sum(len(r.hydrogens) for _, r in every))
 
 # %% ../nbs/30_tree.ipynb #5ac37d8c
 def _cis(tree): # (residue, omega) of peptide bonds that are not trans
-    alpha = np.array([a for s in tree.segments for a in s[3:] if tree.torsion[a] % len(ANGLES) == 0], int) # those that an omega turns
+    # those that an omega turns
+    alpha = np.array([a for s in tree.segments for a in s[3:] if tree.torsion[a] % len(ANGLES) == 0], int)
     if not len(alpha): return ()
-    quads = np.stack([tree.parent[tree.parent[tree.parent[alpha]]], tree.parent[tree.parent[alpha]], tree.parent[alpha], alpha], 1)
+    quads = np.stack([tree.parent[tree.parent[tree.parent[alpha]]], tree.parent[tree.parent[alpha]], tree.parent[alpha],
+                      alpha], 1)
     omega = md.compute_dihedrals(md.Trajectory(tree.positions[None], None), quads, periodic=False)[0]
     return tuple((tree.residues[tree.residue[a]].label, float(o)) for a, o in zip(alpha, omega) if abs(o) < np.pi/2)
 
 def _disulfides(tree): # pairs of atoms, nm
     sulfur = np.array([a for a, n in enumerate(tree.names) if n == 'SG'], int)
     if len(sulfur) < 2: return []
-    return [(int(sulfur[i]), int(sulfur[j]), float(np.linalg.norm(tree.positions[sulfur[i]] - tree.positions[sulfur[j]]))) for i, j in sorted(cKDTree(tree.positions[sulfur]).query_pairs(0.25))]
+    return [(int(sulfur[i]), int(sulfur[j]),
+             float(np.linalg.norm(tree.positions[sulfur[i]] - tree.positions[sulfur[j]])))
+             for i, j in sorted(cKDTree(tree.positions[sulfur]).query_pairs(0.25))]
 
 # %% ../nbs/30_tree.ipynb #7e47bd40
 def _check_whole(source, residues, x, breaks): # a chain that a periodic box has cut
@@ -500,7 +569,9 @@ def _check_whole(source, residues, x, breaks): # a chain that a periodic box has
     for i, j, gap in breaks:
         if gap is None: continue
         d = (x[residues[j].atoms['N']] - x[residues[i].atoms['C']]) @ np.linalg.inv(box)
-        if np.linalg.norm((d - np.round(d)) @ box) < BREAK_NM: raise ValueError(f'trajectory: the box cuts the chain between {residues[i].label} and {residues[j].label}; make molecules whole first, with trajectory.image_molecules()')
+        if np.linalg.norm((d - np.round(d)) @ box) < BREAK_NM:
+            raise ValueError(f'trajectory: the box cuts the chain between {residues[i].label} and '
+                             f'{residues[j].label}; make molecules whole first, with trajectory.image_molecules()')
 
 # %% ../nbs/30_tree.ipynb #e4c3dcad
 def _pdb_line(i, atom, residue, number, xyz_angstrom, letter=' ', occupancy=1.0, chain=' ', code=' '): # one ATOM record
@@ -526,7 +597,8 @@ class Internals(NamedTuple):
     level: str            # 'all', 'default' or 'torsions'
     origins: torch.Tensor # (F, S, 3) nm, the first atom of each segment
     axes: torch.Tensor    # (F, S, 3, 3), columns x, y, z: x to the second atom, the third in the plane of x and y
-    values: torch.Tensor  # (F, A, 3) length, angle, torsion of each atom; or (F, R, 11) or (F, R, 8), as `ANGLES` names the columns
+    # (F, A, 3) length, angle, torsion of each atom; or (F, R, 11) or (F, R, 8), as `ANGLES` names the columns
+    values: torch.Tensor
 
 # %% ../nbs/30_tree.ipynb #b7300b64
 class _Index: # of one tree on one device: who is whose ancestor, and who defines an angle
@@ -539,19 +611,23 @@ class _Index: # of one tree on one device: who is whose ancestor, and who define
         self.bonded = as_tensor([a for a in range(A) if a not in set(first)])
         self.turned = as_tensor([a for a in range(A) if a not in {*first, *second}])
         self.quads = as_tensor(np.stack([great, grand, parent, np.arange(A)]))
-        self.slots = {k: as_tensor(v) for k, v in dict(torsion=np.where(tree.torsion < 0, R*len(ANGLES), tree.torsion), angle=tree.angle).items()}
-        self.leaders = {k: _leaders(v, tree.rank, as_tensor) for k, v in dict(torsion=tree.torsion, angle=tree.angle).items()}
+        self.slots = {k: as_tensor(v) for k, v in dict(torsion=np.where(tree.torsion < 0, R*len(ANGLES), tree.torsion),
+                                                       angle=tree.angle).items()}
+        self.leaders = {k: _leaders(v, tree.rank, as_tensor)
+                        for k, v in dict(torsion=tree.torsion, angle=tree.angle).items()}
         self.mask = torch.as_tensor(tree.mask, device=device)
         self.constants = torch.as_tensor(tree.constants, device=device)
 
 # %% ../nbs/30_tree.ipynb #d28b7a86
-def _ancestors(tree): # parent, grandparent, great-grandparent; beyond the atoms two points a segment that its frame fixes
+# parent, grandparent, great-grandparent; beyond the atoms two points a segment that its frame fixes
+def _ancestors(tree):
     A, S = len(tree), len(tree.segments)
     parent = np.r_[tree.parent, np.full(2*S, -1)]
     for s, atoms in enumerate(tree.segments): parent[atoms[0]], parent[A + 2*s] = A + 2*s, A + 2*s + 1
     grand = np.where(parent >= 0, parent[parent], -1)
     great = np.where(grand >= 0, parent[grand], -1)
-    for s, atoms in enumerate(tree.segments): # the point behind the first atom lies on the first bond, and so turns nothing
+    # the point behind the first atom lies on the first bond, and so turns nothing
+    for s, atoms in enumerate(tree.segments):
         children = np.flatnonzero(parent == atoms[1])
         great[children] = A + 2*s + 1
     return parent[:A], grand[:A], great[:A]
@@ -598,11 +674,14 @@ def to_internal(tree: Tree,
     "Positions to frames and internal coordinates."
     if level not in LEVELS: raise ValueError(f'level {level!r} is none; choose from {", ".join(LEVELS)}')
     xyz = _float(xyz)
-    if xyz.shape[1:] != (len(tree), 3): raise ValueError(f'positions have shape {tuple(xyz.shape)}; (frames, {len(tree)}, 3) is needed, as `tree.coordinates` gives')
+    if xyz.shape[1:] != (len(tree), 3):
+        raise ValueError(f'positions have shape {tuple(xyz.shape)}; (frames, {len(tree)}, 3) is needed, as '
+                         f'`tree.coordinates` gives')
     k = _index(tree, xyz.device)
     x, origin, axes = _extended(tree, k, xyz)
     values = _measure_all(k, x) if level == 'all' else _measure_table(k, x)[..., :LEVELS[level]]
-    return Internals(level, *(v.to(xyz.dtype).contiguous() for v in (origin.permute(2, 1, 0), axes.permute(3, 2, 0, 1), values)))
+    return Internals(level, *(v.to(xyz.dtype).contiguous()
+                              for v in (origin.permute(2, 1, 0), axes.permute(3, 2, 0, 1), values)))
 
 # %% ../nbs/30_tree.ipynb #05c55c0c
 def _measure_all(k, x): # (3, A + 2S, F) -> (F, A, 3)
@@ -630,7 +709,8 @@ def local_transform(length, angle, torsion) -> torch.Tensor: # (3, 4, ...), nm
     "Rotation and shift from the frame of an atom to that of its child."
     ca, sa, ct, st = angle.cos(), angle.sin(), torsion.cos(), torsion.sin()
     x = torch.stack([-ca, sa*ct, sa*st])
-    return torch.stack([x, torch.stack([-sa, -ca*ct, -ca*st]), torch.stack([torch.zeros_like(ca), -st, ct]), length*x], 1)
+    return torch.stack([x, torch.stack([-sa, -ca*ct, -ca*st]), torch.stack([torch.zeros_like(ca), -st, ct]), length*x],
+                       1)
 
 # %% ../nbs/30_tree.ipynb #ef691f73
 def compose(a, b): # (3, 4, ...)
@@ -713,17 +793,21 @@ def _ends(m, length, angle, torsion): # positions of atoms without children
 def _expand(tree, k, internals, precision): # length, angle, torsion (A, F) of every atom
     v = internals.values.to(precision)
     wanted = len(tree) if internals.level == 'all' else len(tree.residues)
-    if v.shape[1:] != (wanted, LEVELS[internals.level]): raise ValueError(f'internals have shape {tuple(v.shape)}; (frames, {wanted}, {LEVELS[internals.level]}) is needed at level {internals.level!r} of {tree.source}')
+    if v.shape[1:] != (wanted, LEVELS[internals.level]):
+        raise ValueError(f'internals have shape {tuple(v.shape)}; (frames, {wanted}, {LEVELS[internals.level]}) is '
+                         f'needed at level {internals.level!r} of {tree.source}')
     constants = k.constants.to(precision)[..., None]
     if internals.level == 'all': length, angle, torsion = v.permute(2, 1, 0)
     else:
         table = torch.nn.functional.pad(v, (0, len(ANGLES) - v.shape[2])).flatten(1)
         table = torch.nn.functional.pad(table, (0, 1)).T # the last row is the angle of what does not turn
-        stored = k.slots['angle'] >= 0 if internals.level == 'default' else torch.zeros_like(k.slots['angle'], dtype=torch.bool)
+        stored = k.slots['angle'] >= 0 if internals.level == 'default' else torch.zeros_like(k.slots['angle'],
+                                                                                             dtype=torch.bool)
         length, torsion = constants[0].expand(-1, len(v)), table[k.slots['torsion']] + constants[2]
         angle = torch.where(stored[:, None], table[k.slots['angle']], constants[1])
     second = k.roots[:, 1]
-    straight = angle.new_zeros(angle.shape[0], 1).index_fill(0, second, 1) > 0 # the second atom of a segment lies on the x axis
+    # the second atom of a segment lies on the x axis
+    straight = angle.new_zeros(angle.shape[0], 1).index_fill(0, second, 1) > 0
     return length, torch.where(straight, torch.pi, angle), torch.where(straight, 0.0, torsion)
 
 # %% ../nbs/30_tree.ipynb #38b821fc
@@ -732,7 +816,8 @@ def reconstruction_error(tree: Tree, xyz, rebuilt # (F, A, 3) nm
     "RMSD over all chains after one superposition of the whole complex."
     heavy = np.array([e not in ('H', 'D') for e in tree.elements])
     chosen = dict(backbone=heavy & np.isin(tree.names, (*MAIN_CHAIN, 'O')), heavy=heavy)
-    return {k: np.array([_rmsd(a[m], b[m]) for a, b in zip(np.asarray(xyz, float), np.asarray(rebuilt, float))]) for k, m in chosen.items()}
+    return {k: np.array([_rmsd(a[m], b[m]) for a, b in zip(np.asarray(xyz, float), np.asarray(rebuilt, float))])
+            for k, m in chosen.items()}
 
 def _rmsd(a, b):
     a, b = a - a.mean(0), b - b.mean(0)
@@ -763,7 +848,8 @@ def leverage(tree: Tree,
     "How far independent noise on the angles of the default level moves the backbone."
     start = to_internal(tree, tree.positions[None].repeat(n, 0))
     noise = sigma*torch.randn(start.values.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    moved, still = (to_cartesian(tree, start._replace(values=v)) for v in (start.values + noise*torch.as_tensor(tree.mask), start.values))
+    moved, still = (to_cartesian(tree, start._replace(values=v))
+                    for v in (start.values + noise*torch.as_tensor(tree.mask), start.values))
     return float(reconstruction_error(tree, still, moved)['backbone'].mean())
 
 # %% ../nbs/30_tree.ipynb #ce599fcf
@@ -772,7 +858,8 @@ def _turn(axes, w): # (..., 3, 3) turned by rotation vectors (..., 3) about thei
     x, y, z = half.unbind(-1)
     o = torch.zeros_like(x)
     k = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))
-    return axes @ (torch.eye(3, dtype=w.dtype, device=w.device) + 2*(k + k @ k)/(1 + half.square().sum(-1))[..., None, None])
+    return axes @ (torch.eye(3, dtype=w.dtype, device=w.device)
+                   + 2*(k + k @ k)/(1 + half.square().sum(-1))[..., None, None])
 
 # %% ../nbs/30_tree.ipynb #954ed3c3
 def fit_torsions(tree: Tree, xyz,           # (F, A, 3) nm
@@ -781,7 +868,8 @@ def fit_torsions(tree: Tree, xyz,           # (F, A, 3) nm
                  emphasis: float = 4.0      # weight of N, CA, C, O against 1 of other atoms
                  ) -> Internals:            # in float64
     "Angles and frames whose rebuilt positions are closest to `xyz`, instead of those read off from it."
-    if level not in ('torsions', 'default'): raise ValueError(f"level {level!r} cannot be fitted; choose 'torsions' or 'default', 'all' is exact without")
+    if level not in ('torsions', 'default'):
+        raise ValueError(f"level {level!r} cannot be fitted; choose 'torsions' or 'default', 'all' is exact without")
     xyz = _float(xyz).double()
     start = to_internal(tree, xyz, level)
     weights = torch.as_tensor(np.where(np.isin(tree.names, (*MAIN_CHAIN, 'O')), emphasis, 1.0), device=xyz.device)
@@ -789,10 +877,12 @@ def fit_torsions(tree: Tree, xyz,           # (F, A, 3) nm
     changes = [torch.zeros_like(v, requires_grad=True) for v in (start.origins, start.origins, start.values)]
     def rebuilt(scales=(1, 1, 1)):
         shift, turn, more = (c*s for c, s in zip(changes, scales))
-        new = start._replace(origins=start.origins + shift, axes=_turn(start.axes, turn), values=start.values + more*mask)
+        new = start._replace(origins=start.origins + shift, axes=_turn(start.axes, turn),
+                             values=start.values + more*mask)
         return new, to_cartesian(tree, new)
     scales = _scales(rebuilt()[1]*weights.sqrt()[:, None], changes)
-    optimiser = torch.optim.LBFGS(changes, max_iter=steps, history_size=50, line_search_fn='strong_wolfe', tolerance_change=1e-12, tolerance_grad=1e-9)
+    optimiser = torch.optim.LBFGS(changes, max_iter=steps, history_size=50, line_search_fn='strong_wolfe',
+                                  tolerance_change=1e-12, tolerance_grad=1e-9)
     def loss():
         optimiser.zero_grad()
         total = ((rebuilt(scales)[1] - xyz).square().sum(-1)*weights).sum()
@@ -802,7 +892,8 @@ def fit_torsions(tree: Tree, xyz,           # (F, A, 3) nm
     with torch.no_grad(): return rebuilt(scales)[0]
 
 # %% ../nbs/30_tree.ipynb #6b0486d1
-def _scales(y, x, probes=16): # steps of each variable that move the atoms by one unit in all, estimated with random signs
+# steps of each variable that move the atoms by one unit in all, estimated with random signs
+def _scales(y, x, probes=16):
     rng, total = torch.Generator().manual_seed(0), [torch.zeros_like(v) for v in x]
     for k in range(probes):
         signs = (2.0*torch.randint(0, 2, y.shape, generator=rng, dtype=y.dtype) - 1).to(y.device)
@@ -816,7 +907,8 @@ def measured_constants(tree: Tree, xyz) -> np.ndarray: # (3, A) nm, rad, rad
     x, _, _ = _extended(tree, k, _float(xyz))
     length, angle, torsion = _measure_all(k, x).permute(2, 1, 0)
     slots, leaders = k.leaders['torsion']
-    table = torsion.new_zeros(k.mask.numel() + 1, torsion.shape[1]).index_copy(0, slots, torsion[leaders] - torch.nan_to_num(k.constants[2, leaders, None]))
+    table = torsion.new_zeros(k.mask.numel() + 1, torsion.shape[1]).index_copy(0, slots,
+        torsion[leaders] - torch.nan_to_num(k.constants[2, leaders, None]))
     offset = torsion - table[k.slots['torsion']]
     return torch.stack([length.mean(1), angle.mean(1), torch.atan2(offset.sin().mean(1), offset.cos().mean(1))]).numpy()
 
@@ -844,19 +936,25 @@ def closures(tree: Tree) -> list: # (kind, label, atom, atom)
 # %% ../nbs/30_tree.ipynb #e2ecca48
 def validity(tree: Tree, xyz  # (F, A, 3) nm
              ) -> pd.DataFrame: # lengths nm
-    "Lengths of the bonds outside of the tree: as read, their mean over the frames, and the one farthest from what was read."
+    """Lengths of the bonds outside of the tree: as read, their mean over the frames, and the one farthest from what
+    was read."""
     xyz = np.asarray(xyz)
     rows = []
     for kind, label, a, b in closures(tree):
-        read, found = np.linalg.norm(tree.positions[a] - tree.positions[b]), np.linalg.norm(xyz[:, a] - xyz[:, b], axis=-1)
+        read, found = np.linalg.norm(tree.positions[a] - tree.positions[b]), np.linalg.norm(xyz[:, a] - xyz[:, b],
+                                                                                            axis=-1)
         rows.append((kind, label, read, found.mean(), found[np.argmax(abs(found - read))]))
     return pd.DataFrame(rows, columns=['kind', 'bond', 'read', 'mean', 'worst'])
 
 # %% ../nbs/30_tree.ipynb #72c9a362
 def _check_width(tree, width):
     chains = len(tree.segments)
-    if 3*chains > width: raise ValueError(f'width: {chains} segments need 3 x {chains} = {3*chains} columns and L is {width}; give width={3*chains} or more')
-    if width < len(ANGLES): raise ValueError(f'width: a residue stores up to {len(ANGLES)} angles and L is {width}; give width={len(ANGLES)} or more')
+    if 3*chains > width:
+        raise ValueError(f'width: {chains} segments need 3 x {chains} = {3*chains} columns and L is {width}; give '
+                         f'width={3*chains} or more')
+    if width < len(ANGLES):
+        raise ValueError(f'width: a residue stores up to {len(ANGLES)} angles and L is {width}; give '
+                         f'width={len(ANGLES)} or more')
 
 # %% ../nbs/30_tree.ipynb #4d5a598c
 def euler_angles(axes: torch.Tensor # (..., 3, 3)
@@ -865,7 +963,8 @@ def euler_angles(axes: torch.Tensor # (..., 3, 3)
     b = torch.atan2(-axes[..., 2, 0], torch.hypot(axes[..., 0, 0], axes[..., 1, 0]))
     locked = torch.hypot(axes[..., 0, 0], axes[..., 1, 0]) < 1e-6
     a = torch.where(locked, 0.0, torch.atan2(axes[..., 1, 0], axes[..., 0, 0]))
-    c = torch.where(locked, torch.atan2(-axes[..., 1, 2], axes[..., 1, 1]), torch.atan2(axes[..., 2, 1], axes[..., 2, 2]))
+    c = torch.where(locked, torch.atan2(-axes[..., 1, 2], axes[..., 1, 1]),
+                    torch.atan2(axes[..., 2, 1], axes[..., 2, 2]))
     return torch.stack([a, b, c], -1)
 
 # %% ../nbs/30_tree.ipynb #4ed4a9a3
@@ -893,10 +992,14 @@ def paper_tokens(tree: Tree,
                  reach: float = 10.0   # O_max nm, more than any coordinate of an origin
                  ) -> torch.Tensor:    # (F, 2 + R, 2L)
     "The matrix of Eq. 3-6: origins, three Euler angles a segment, then one row a residue; cosines left, sines right."
-    if internals.level != 'default': raise ValueError(f'tokens hold the default level, not {internals.level!r}; use to_internal(..., level=\'default\')')
+    if internals.level != 'default':
+        raise ValueError(f'tokens hold the default level, not {internals.level!r}; use to_internal(..., '
+                         f'level=\'default\')')
     mask = paper_mask(tree, width)[:, :width].to(internals.values.device)
     origins, pad = internals.origins.flatten(1)/reach, lambda v: torch.nn.functional.pad(v, (0, width - v.shape[-1]))
-    if (far := origins.abs().max()) >= 1: raise ValueError(f'reach: an origin is {far*reach:.2f} nm from zero and O_max is {reach} nm; centre the structure or give a larger reach')
+    if (far := origins.abs().max()) >= 1:
+        raise ValueError(f'reach: an origin is {far*reach:.2f} nm from zero and O_max is {reach} nm; centre the '
+                         f'structure or give a larger reach')
     angles = torch.cat([pad(euler_angles(internals.axes).flatten(1))[:, None], pad(internals.values)], 1)
     first = torch.stack([pad(origins), pad((1 - origins**2).sqrt())], 2)[:, None] # (F, 1, L, 2)
     rest = torch.stack([angles.cos(), angles.sin()], 3)
@@ -911,7 +1014,8 @@ def from_paper_tokens(tree: Tree, tokens: torch.Tensor, # (F, 2 + R, 2L)
     cos, sin = tokens[..., :width], tokens[..., width:]
     angles = torch.atan2(sin[:, 1:], cos[:, 1:])
     mask = torch.as_tensor(tree.mask, device=tokens.device)
-    return Internals('default', (cos[:, 0, :3*S]*reach).unflatten(1, (S, 3)), euler_axes(angles[:, 0, :3*S].unflatten(1, (S, 3))), torch.where(mask, angles[:, 1:, :len(ANGLES)], 0.0))
+    return Internals('default', (cos[:, 0, :3*S]*reach).unflatten(1, (S, 3)),
+        euler_axes(angles[:, 0, :3*S].unflatten(1, (S, 3))), torch.where(mask, angles[:, 1:, :len(ANGLES)], 0.0))
 
 # %% ../nbs/30_tree.ipynb #99463a2d
 def plot_tokens(tokens, # (2 + R, 2L), one frame
@@ -931,7 +1035,8 @@ def normalised(tokens: torch.Tensor, # (F, 2 + R, 2L)
                mask: torch.Tensor,   # as `paper_mask` makes it
                eps: float = 1e-12
                ) -> torch.Tensor:
-    "Every pair on the unit circle again: padding is set to zero before, and the partner of an origin is taken positive."
+    """Every pair on the unit circle again: padding is set to zero before, and the partner of an origin is taken
+    positive."""
     width = tokens.shape[2]//2
     cos, sin = (tokens*mask).unflatten(2, (2, width)).unbind(2)
     size = (cos**2 + sin**2 + eps).sqrt()
@@ -951,7 +1056,8 @@ def layout(tree: Tree) -> Layout:
     segment = tree.segment
     start = np.r_[0, np.flatnonzero(np.diff(segment)) + 1]
     kinds = [KINDS.index({'MSE': 'MET', 'NLE': 'MET'}.get(r.kind, r.kind)) for r in tree.residues]
-    return Layout(torch.tensor(kinds), torch.tensor(segment), torch.tensor(np.arange(len(segment)) - start[segment]), torch.tensor(tree.mask))
+    return Layout(torch.tensor(kinds), torch.tensor(segment), torch.tensor(np.arange(len(segment)) - start[segment]),
+                  torch.tensor(tree.mask))
 
 # %% ../nbs/30_tree.ipynb #2eeb610c
 def position_angles(tree: Tree, width: int = 20,
@@ -960,7 +1066,8 @@ def position_angles(tree: Tree, width: int = 20,
                     ) -> torch.Tensor:   # (2 + R, L) rad
     "The angles of Eq. 7, residues and segments counted from 1; the two frame rows are p = -2, -1, type 20, segment 0."
     place = layout(tree)
-    if (n := int(place.positions.max()) + 1) >= longest: raise ValueError(f'longest: a segment has {n} residues and N_max is {longest}; give longest={n + 1} or more')
+    if (n := int(place.positions.max()) + 1) >= longest:
+        raise ValueError(f'longest: a segment has {n} residues and N_max is {longest}; give longest={n + 1} or more')
     kind = torch.cat([torch.tensor([20, 20]), torch.where(place.types < 20, place.types, place.types + 1)]).double()
     number = torch.cat([torch.tensor([-2, -1]), place.positions + 1 + longest*(place.chains + 1)]).double()
     exponent = torch.arange(width)*(kind[:, None]/100 + 1)/width
@@ -978,18 +1085,22 @@ def add_positions(tokens: torch.Tensor, # (F, 2 + R, 2L)
 # %% ../nbs/30_tree.ipynb #81c38a77
 class Encoding(NamedTuple):
     "Tokens of the default encoding."
-    frames: torch.Tensor   # (F, S, 9) two axes and the origin; of the first segment in space, of the others seen from the first
+    # (F, S, 9) two axes and the origin; of the first segment in space, of the others seen from the first
+    frames: torch.Tensor
     residues: torch.Tensor # (F, R, 22) cosines, then sines
 
 def encode(tree: Tree, internals: Internals, # of the default level
            spread: float = 1.0 # nm, what an origin is divided by: `origin_spread` of the data
            ) -> Encoding:
     "Frames as six numbers and a linear origin, residues as cosines and sines."
-    if internals.level != 'default': raise ValueError(f'tokens hold the default level, not {internals.level!r}; use to_internal(..., level=\'default\')')
+    if internals.level != 'default':
+        raise ValueError(f'tokens hold the default level, not {internals.level!r}; use to_internal(..., '
+                         f'level=\'default\')')
     origins, axes = _from_first(internals)
     mask = torch.as_tensor(tree.mask, device=internals.values.device)
     angles = internals.values
-    return Encoding(torch.cat([axes[..., 0], axes[..., 1], origins/spread], 2), torch.cat([angles.cos()*mask, angles.sin()*mask], 2))
+    return Encoding(torch.cat([axes[..., 0], axes[..., 1], origins/spread], 2),
+                    torch.cat([angles.cos()*mask, angles.sin()*mask], 2))
 
 # %% ../nbs/30_tree.ipynb #4af4216d
 def _from_first(internals): # origins and axes of the others in the frame of the first segment
@@ -1027,7 +1138,8 @@ def plot_peers(structures, # of data/tree.json
     ax = ax or plt.figure(figsize=(4.5, 4), layout='constrained').gca()
     segments = [s for r in structures if isinstance((s := r['longest segment'])['foldcomp'], dict)]
     theirs = [10*s['foldcomp']['heavy'] for s in segments]
-    for level in ('default', 'fitted default'): ax.plot(theirs, [10*s[level]['heavy'] for s in segments], 'o', label=level)
+    for level in ('default', 'fitted default'):
+        ax.plot(theirs, [10*s[level]['heavy'] for s in segments], 'o', label=level)
     ax.axline((0, 0), slope=1, color='gray', lw=1)
     ax.set(xlabel='foldcomp, heavy atoms / Å', ylabel='tree, heavy atoms / Å', xlim=(0, None), ylim=(0, None))
     ax.legend()

@@ -26,7 +26,8 @@ def excursions(
     r, # coordinate, float64 (T,) of ONE trajectory
     flags, # int8 (T,): 0 in A, 1 in B, -1 elsewhere
 ): # int64 (n,), int64 (n,)
-    "Boundary frame before and after each stay between the states; -1 and T where the trajectory begins or ends in between."
+    """Boundary frame before and after each stay between the states; -1 and T where the trajectory begins or ends in
+    between."""
     m, p = 0, -1
     left, right = np.empty(len(r) + 1, np.int64), np.empty(len(r) + 1, np.int64)
     for t in range(len(r) + 1):
@@ -46,12 +47,16 @@ def _interior_windows(r, b, weights, n, p, f, lag, start, end, row):
         e = min(t + lag, f)
         d = r[e] - r[t]
         w = d * weights[t] if weighted else d
-        start[row, b[t]] += w; end[row, b[e]] += w; squares += w * d
+        start[row, b[t]] += w
+        end[row, b[e]] += w
+        squares += w * d
     if p >= 0:
         for t in range(max(p + 1, lag), min(p + lag + 1, f)):   # from p, repeated into the past, to an interior frame
             d = r[t] - r[p]
             w = d * weights[p] if weighted else d
-            start[row, b[p]] += w; end[row, b[t]] += w; squares += w * d
+            start[row, b[p]] += w
+            end[row, b[t]] += w
+            squares += w * d
     return squares
 
 # %% ../nbs/41_zq.ipynb #65f90143
@@ -60,13 +65,15 @@ def _crossing_windows(r, b, weights, p, f, lag, start, end, row):
     "Windows from p, repeated into the past, to f, repeated into the future; returns the sum of squared displacements."
     d = r[f] - r[p]
     w = (lag - f + p + 1) * (d * weights[p] if len(weights) > 0 else d)
-    start[row, b[p]] += w; end[row, b[f]] += w
+    start[row, b[p]] += w
+    end[row, b[f]] += w
     return w * d
 
 # %% ../nbs/41_zq.ipynb #ab89d0d9
 @njit(cache=True)
 def _sweep(r, b, weights, n, left, right, rows, lags, starts, ends, squares):
-    "All lags of one trajectory of nominal length n, added to `starts`, `ends` (L, rows, n_bins + 1) and `squares` (L,)."
+    """All lags of one trajectory of nominal length n, added to `starts`, `ends` (L, rows, n_bins + 1) and `squares`
+    (L,)."""
     last = lags[-1]
     start, end, total = np.zeros_like(starts[0]), np.zeros_like(ends[0]), 0.0
     for i in range(len(lags)):
@@ -79,7 +86,9 @@ def _sweep(r, b, weights, n, left, right, rows, lags, starts, ends, squares):
                 squares[i] += _interior_windows(r, b, weights, n, p, f, lag, S, E, row)
             elif i == 0 or f - p - 1 > lags[i - 1]:             # whole from this lag on
                 total += _interior_windows(r, b, weights, n, p, f, lag, start, end, row)
-        S += start; E += end; squares[i] += total
+        S += start
+        E += end
+        squares[i] += total
 
 # %% ../nbs/41_zq.ipynb #9130a7a2
 @njit(cache=True)
@@ -106,11 +115,13 @@ def log_edges(
 # %% ../nbs/41_zq.ipynb #825d2b98
 def _edges(n_bins, r):
     "A number of equal bins, or edges from 0 to 1; 'exact' makes an edge of every value of r."
-    if isinstance(n_bins, str): return np.unique(np.clip(np.concatenate([[0, 1], *r]), 0, 1)) if n_bins == 'exact' else _edges([], r)
+    if isinstance(n_bins, str):
+        return np.unique(np.clip(np.concatenate([[0, 1], *r]), 0, 1)) if n_bins == 'exact' else _edges([], r)
     if np.ndim(n_bins) == 0 and n_bins > 0: return int(n_bins)
     edges = np.asarray(n_bins, float)
     if edges.ndim != 1 or len(edges) < 2 or (np.diff(edges) <= 0).any() or edges[0] != 0 or edges[-1] != 1:
-        raise ValueError("n_bins is a positive number of bins, 'exact', or increasing edges from 0 to 1 such as those of log_edges")
+        raise ValueError("n_bins is a positive number of bins, 'exact', or increasing edges from 0 to 1 such as those "
+                         "of log_edges")
     return edges
 
 def _count(bins): return bins if np.ndim(bins) == 0 else len(bins) - 1
@@ -128,12 +139,16 @@ def _histograms(r, states, lags, bins, weights=None, lengths=None, compensate=Fa
     return starts[:, 0], ends[:, 0], squares
 
 def _compensated(r, states, lags, bins, weights, lengths):
-    "The same, each trajectory of n frames times (n - 1) / (n - lag), for the windows that its ends cut off; up to half its length."
+    """The same, each trajectory of n frames times (n - 1) / (n - lag), for the windows that its ends cut off; up to
+    half its length."""
     lengths = np.array([len(x) for x in r] if lengths is None else lengths)
-    if 2 * lags[-1] > lengths.max(): raise ValueError(f'compensate: holds up to half a trajectory, and lag {lags[-1]} is more than half of {lengths.max()} frames')
+    if 2 * lags[-1] > lengths.max():
+        raise ValueError(f'compensate: holds up to half a trajectory, and lag {lags[-1]} is more than half of '
+                         f'{lengths.max()} frames')
     total = [0, 0, 0]
     for i, n in enumerate(lengths):
-        part = _histograms(r[i:i + 1], states[i:i + 1], lags, bins, None if weights is None else weights[i:i + 1], lengths[i:i + 1])
+        part = _histograms(r[i:i + 1], states[i:i + 1], lags, bins, None if weights is None else weights[i:i + 1],
+                           lengths[i:i + 1])
         factor = np.where(2 * lags <= n, (n - 1) / np.maximum(n - lags, 1), 1)
         total = [a + factor.reshape(-1, *[1] * (b.ndim - 1)) * b for a, b in zip(total, part)]
     return total
@@ -145,12 +160,19 @@ def nominal_lengths(
     clock: float | None = None, # mean frames granted by a random clock, instead of `lengths`
     seed: int = 0, # of the clock
 ) -> np.ndarray: # int64 (number of trajectories,)
-    "Frames each trajectory would have had; only one that ends on A or B gains any. Raises `ValueError` for a grant shorter than a file."
+    """Frames each trajectory would have had; only one that ends on A or B gains any. Raises `ValueError` for a grant
+    shorter than a file."""
     own = np.array([len(s) for s in states])
     if clock is not None: grant = own - 1 + np.random.default_rng(seed).geometric(1 / clock, len(own))
-    else: grant = own if lengths is None else np.broadcast_to(np.asarray(lengths, np.int64), own.shape) if np.size(lengths) in (1, len(own)) else None
-    if grant is None: raise ValueError(f'lengths: {np.size(lengths)} given for {len(own)} trajectories; give one for all, or one per trajectory')
-    if (grant < own).any(): raise ValueError(f'lengths: trajectory {(i := int((grant < own).argmax()))} has {own[i]} frames, more than its nominal {grant[i]}')
+    else:
+        grant = own if lengths is None else np.broadcast_to(np.asarray(lengths, np.int64),
+                                                            own.shape) if np.size(lengths) in (1, len(own)) else None
+    if grant is None:
+        raise ValueError(f'lengths: {np.size(lengths)} given for {len(own)} trajectories; give one for all, or one '
+                         f'per trajectory')
+    if (grant < own).any():
+        raise ValueError(f'lengths: trajectory {(i := int((grant < own).argmax()))} has {own[i]} frames, more than '
+                         f'its nominal {grant[i]}')
     return np.where([s[-1] >= 0 for s in states], grant, own)
 
 # %% ../nbs/41_zq.ipynb #45fe1fe6
@@ -177,7 +199,8 @@ def _check_lags(lags, states):
     if lags is None: return default_lags(states)
     lags, longest = np.unique(np.asarray(lags, np.int64)), max(map(len, states))
     if not len(lags) or lags[0] < 1 or lags[-1] >= max(longest, 2):
-        raise ValueError(f'lags are {lags.tolist()}; they must lie between 1 and {longest - 1}: the longest trajectory has {longest} frames')
+        raise ValueError(f'lags are {lags.tolist()}; they must lie between 1 and {longest - 1}: the longest '
+                         f'trajectory has {longest} frames')
     return lags
 
 # %% ../nbs/41_zq.ipynb #907c004f
@@ -208,7 +231,8 @@ class Verdict:
 # %% ../nbs/41_zq.ipynb #f10d9898
 @dataclass(frozen=True, eq=False)
 class ZqResult:
-    "Z_q at all lags and what follows from it; all that is measured in N_AB is None when no A to B transition was counted."
+    """Z_q at all lags and what follows from it; all that is measured in N_AB is None when no A to B transition was
+    counted."""
     lags: np.ndarray # (L,), frames
     edges: np.ndarray # (n_bins + 1,), values of the coordinate
     zq: np.ndarray # (L, n_bins): Z_q just below edges[1:], in transitions
@@ -227,9 +251,11 @@ class ZqResult:
     @property
     def ratio(self): return self.zq / self.n_ab if self.n_ab else None # (L, n_bins), 1 for the true committor
     @property
-    def t_max_per_lag(self): return math.sqrt(self.n_effective) * np.abs(self.ratio - 1).max(1) if self.n_ab else None # (L,)
+    # (L,)
+    def t_max_per_lag(self): return math.sqrt(self.n_effective) * np.abs(self.ratio - 1).max(1) if self.n_ab else None
     @property
-    def mean_ratio(self): return np.average(self.ratio, 1, np.diff(self.edges)) if self.n_ab else None # (L,), over the coordinate
+    # (L,), over the coordinate
+    def mean_ratio(self): return np.average(self.ratio, 1, np.diff(self.edges)) if self.n_ab else None
     @property
     def t_sd_per_lag(self):
         if not self.n_ab: return None
@@ -260,17 +286,20 @@ ZqResult.p_value = property(lambda self: self.p_values.get('t_max'))
 def _table(self):
     "Pandas table with one row per lag."
     import pandas as pd
-    columns = {'lag': self.lags, 'delta_r2 / 2': self.delta_r2 / 2, 'Z_q min': self.zq.min(1), 'Z_q mean': self.zq.mean(1), 'Z_q max': self.zq.max(1)}
+    columns = {'lag': self.lags, 'delta_r2 / 2': self.delta_r2 / 2, 'Z_q min': self.zq.min(1),
+               'Z_q mean': self.zq.mean(1), 'Z_q max': self.zq.max(1)}
     if self.n_ab: columns |= {'mean / N_AB': self.mean_ratio, 'T_max': self.t_max_per_lag, 'T_sd': self.t_sd_per_lag}
     if self.t_ne_per_lag is not None: columns |= {'T_ne': self.t_ne_per_lag}
     return pd.DataFrame(columns)
 
 def _to_dict(self):
     "Plain numbers and words for json; a missing number is None."
-    plain = {k: getattr(self, k) for k in ('n_ab', 'n_frames', 'n_interior', 't_max', 't_sd', 't_ne', 't_max_se', 'p_value')}
+    plain = {k: getattr(self, k) for k in ('n_ab', 'n_frames', 'n_interior', 't_max', 't_sd', 't_ne', 't_max_se',
+                                           'p_value')}
     rows = {'lags': self.lags, 'delta_r2': self.delta_r2, 'mean_ratio': self.mean_ratio,
             't_max_per_lag': self.t_max_per_lag, 't_sd_per_lag': self.t_sd_per_lag, 't_ne_per_lag': self.t_ne_per_lag}
-    return ({k: None if v is None or v != v else v for k, v in plain.items()} | {k: None if v is None else v.tolist() for k, v in rows.items()}
+    return ({k: None if v is None or v != v else v for k, v in plain.items()}
+            | {k: None if v is None else v.tolist() for k, v in rows.items()}
             | {'p_values': self.p_values, 'short': self.short, 'verdict': vars(self.verdict) if self.verdict else None})
 
 ZqResult.table, ZqResult.to_dict = _table, _to_dict
@@ -285,7 +314,8 @@ def cut_profiles(
     lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
     compensate: bool = False, # restore the level that short stationary trajectories lose at their ends
 ) -> ZqResult:
-    "Z_q and Z_C1 without a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames (Krivov 2013, 2021)."
+    """Z_q and Z_C1 without a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames
+    (Krivov 2013, 2021)."""
     r, states = check_coordinate(r, states, both=False)
     lags, weights, bins = _check_lags(lags, states), _check_weights(weights, r), _edges(n_bins, r)
     starts, ends, squares = _histograms(r, states, lags, bins, weights, nominal_lengths(states, lengths), compensate)
@@ -293,7 +323,8 @@ def cut_profiles(
     w = np.concatenate([np.ones(len(t)) if weights is None else weights[i][t] for i, t in enumerate(leave)])
     total = lambda h: np.cumsum(h, 1)[:, :-1] / lags[:, None]
     n_ab = float(w.sum()) if weights else len(w)
-    return ZqResult(lags, np.linspace(0, 1, bins + 1) if np.ndim(bins) == 0 else bins, total(starts), total(starts - ends) / 2, squares / lags, n_ab,
+    return ZqResult(lags, np.linspace(0, 1, bins + 1) if np.ndim(bins) == 0 else bins, total(starts),
+                    total(starts - ends) / 2, squares / lags, n_ab,
                     w.sum()**2 / (w**2).sum() if n_ab else 0, sum(map(len, r)), sum(int((s < 0).sum()) for s in states))
 
 # %% ../nbs/41_zq.ipynb #27efcab2
@@ -302,7 +333,8 @@ def plot_zq(
     ax=None, # matplotlib axes, made if None
     legend: bool = True, # name the lags
 ):
-    "Z_q / N_AB against r, a line per lag (with its error if bootstrapped), on the band that holds 95 % of profiles of the true committor; returns the axes."
+    """Z_q / N_AB against r, a line per lag (with its error if bootstrapped), on the band that holds 95 % of profiles
+    of the true committor; returns the axes."""
     import matplotlib.pyplot as plt
     if not result.n_ab: raise ValueError('Z_q cannot be drawn relative to N_AB: no A to B transition was counted')
     ax, x = ax or plt.subplots()[1], (result.edges[:-1] + result.edges[1:]) / 2
@@ -312,8 +344,11 @@ def plot_zq(
     colors = plt.get_cmap('viridis_r')(np.linspace(0.1, 1, len(result.lags)))
     for i, (lag, ratio, color) in enumerate(zip(result.lags, result.ratio, colors)):
         ax.plot(x, ratio, color=color, lw=1.2, label=f'{lag}')
-        if result.zq_se is not None: ax.fill_between(x, ratio - result.zq_se[i], ratio + result.zq_se[i], color=color, alpha=0.15, lw=0)
-    if legend: ax.legend(title='lag, frames', fontsize='x-small', title_fontsize='small', ncols=2 if len(colors) > 8 else 1, loc='center left', bbox_to_anchor=(1, .5))
+        if result.zq_se is not None:
+            ax.fill_between(x, ratio - result.zq_se[i], ratio + result.zq_se[i], color=color, alpha=0.15, lw=0)
+    if legend:
+        ax.legend(title='lag, frames', fontsize='x-small', title_fontsize='small', ncols=2 if len(colors) > 8 else 1,
+                  loc='center left', bbox_to_anchor=(1, .5))
     ax.set(xlabel='coordinate $r$', ylabel='$Z_q / N_{AB}$', xlim=(0, 1))
     return ax
 
@@ -351,7 +386,8 @@ def cut_profile(
     states=None, # flags of the same frames; then windows stop on A and B as those of Z_q do
     lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
 ) -> tuple: # edges (n_bins + 1,), and Z_C,alpha (n_bins,) just below edges[1:]
-    "Cut profile of any exponent, with or without boundaries (Krivov 2013); raises `ValueError` for a lag no trajectory has."
+    """Cut profile of any exponent, with or without boundaries (Krivov 2013); raises `ValueError` for a lag no
+    trajectory has."""
     if states is None: r = as_ensemble(r, np.float64, 'coordinate')
     else: r, states = check_coordinate(r, states, both=False)
     weights, lag = _check_weights(weights, r), int(_check_lags([lag], r)[0])
@@ -403,7 +439,8 @@ LIMIT = 3.0 # largest T_max, and largest T_ne, of a coordinate that passes
 def _brownian(x):
     "Probability that a random walk with unit variance at its end stays within -x and x (Feller 1971)."
     k = 2 * np.arange(20) + 1
-    return float(4 / np.pi * ((-1.)**np.arange(20) / k * np.exp(-(k * np.pi)**2 / (8 * max(x, 1e-3)**2))).sum()) if x < 20 else 1.
+    return float(4 / np.pi * ((-1.)**np.arange(20) / k
+                              * np.exp(-(k * np.pi)**2 / (8 * max(x, 1e-3)**2))).sum()) if x < 20 else 1.
 
 # %% ../nbs/41_zq.ipynb #f0888f3e
 def is_short(
@@ -427,8 +464,10 @@ def cycle_bootstrap(
 ) -> np.ndarray: # (n_replicates, L, n_bins): Z_q / N_AB; replicates without a transition are left out
     "Resample cycles A to B to A (incomplete ends of trajectories are cycles of their own), or whole trajectories."
     r, states = check_coordinate(r, states, both=False)
-    lags, weights, bins, granted = _check_lags(lags, states), _check_weights(weights, r), _edges(n_bins, r), nominal_lengths(states, lengths)
-    if units not in (None, 'cycles', 'trajectories'): raise ValueError(f"units={units!r} is not known; choose 'cycles' or 'trajectories'")
+    lags, weights, bins, granted = _check_lags(lags, states), _check_weights(weights, r), _edges(n_bins,
+        r), nominal_lengths(states, lengths)
+    if units not in (None, 'cycles', 'trajectories'):
+        raise ValueError(f"units={units!r} is not known; choose 'cycles' or 'trajectories'")
     whole = units == 'trajectories' or units is None and is_short(states)
     cuts = [_departures(s)[1][:0 if whole else None] for s in states]
     n = sum(len(c) + 1 for c in cuts)
@@ -437,14 +476,16 @@ def cycle_bootstrap(
     for i, (x, s, c) in enumerate(zip(r, states, cuts)):
         w, d, o = np.empty(0) if weights is None else weights[i], draws[:, o:o + len(c) + 1], o + len(c) + 1
         leave = _departures(s)[0]
-        n_ab += d @ np.bincount(np.searchsorted(c, leave, side='right'), w[leave] if len(w) else None, minlength=len(c) + 1)
+        n_ab += d @ np.bincount(np.searchsorted(c, leave, side='right'), w[leave] if len(w) else None,
+                                minlength=len(c) + 1)
         _add_cycles(x, s, c, d, lags, bins, w, granted[i], z)
     z = z[n_ab > 0] # (n, L, n_bins)
     return np.cumsum(z, 2, out=z) / lags[:, None] / n_ab[n_ab > 0, None, None]
 
 # %% ../nbs/41_zq.ipynb #143d4d20
 def _add_cycles(r, flags, cuts, draws, lags, bins, weights, length, z, chunk=2048):
-    "Histograms of the cycles of one trajectory, times the draws (replicates, cycles), added to z; `chunk` cycles at a time bound the memory."
+    """Histograms of the cycles of one trajectory, times the draws (replicates, cycles), added to z; `chunk` cycles
+    at a time bound the memory."""
     b, (left, right) = _bins(r, bins), excursions(r, flags)
     cycle = np.searchsorted(cuts, left, side='right')
     for first in range(0, len(cuts) + 1, chunk):
@@ -452,7 +493,8 @@ def _add_cycles(r, flags, cuts, draws, lags, bins, weights, length, z, chunk=204
         d = draws[:, first:first + chunk]
         for i in range(len(lags)):
             starts, ends = np.zeros((2, 1, d.shape[1], z.shape[2] + 1))
-            _sweep(r, b, weights, length, left[here], right[here], cycle[here] - first, lags[i:i + 1], starts, ends, np.zeros(1))
+            _sweep(r, b, weights, length, left[here], right[here], cycle[here] - first, lags[i:i + 1], starts, ends,
+                   np.zeros(1))
             z[:, i] += d @ starts[0, :, :-1]
 
 # %% ../nbs/41_zq.ipynb #6adfd886
@@ -480,7 +522,9 @@ def scores(
 ) -> Scores:
     "Proper scores against the state reached next; raises `ValueError` when no interior frame has a known outcome."
     p, y, _ = _interior(*check_coordinate(r, states, both=False))
-    if not len(p): raise ValueError('no frame between the states has a known outcome: the trajectories never arrive, or never leave')
+    if not len(p):
+        raise ValueError('no frame between the states has a known outcome: the trajectories never arrive, or never '
+                         'leave')
     low, high = np.sort(p[y == 0]), p[y == 1]
     below = (np.searchsorted(low, high, 'left') + np.searchsorted(low, high, 'right')) / 2
     auc = below.mean() / len(low) if len(low) and len(high) else np.nan
@@ -513,7 +557,8 @@ def calibration(
     observed = np.bincount(b, y, n_bins) / np.maximum(n, 1)
     cells, k = np.unique(visit * n_bins + b, return_inverse=True)
     spread = np.bincount(cells % n_bins, np.bincount(k, y - observed[b])**2, n_bins)
-    table = pd.DataFrame({'predicted': np.bincount(b, p, n_bins) / np.maximum(n, 1), 'observed': observed, 'se': np.sqrt(spread) / np.maximum(n, 1),
+    table = pd.DataFrame({'predicted': np.bincount(b, p, n_bins) / np.maximum(n, 1), 'observed': observed,
+                          'se': np.sqrt(spread) / np.maximum(n, 1),
                           'frames': n, 'excursions': np.bincount(cells % n_bins, minlength=n_bins)})
     return table[n > 0].reset_index(drop=True)
 
@@ -548,7 +593,8 @@ def error_budget(
 # %% ../nbs/41_zq.ipynb #bd12dcb2
 @njit(cache=True)
 def _interior_sums(r, flags, b, weights, length, lags, sums, squares):
-    "Displacements of interior starts of one trajectory, added to `sums` (L, n_bins + 1), and the squared sum of each excursion to `squares` (L,)."
+    """Displacements of interior starts of one trajectory, added to `sums` (L, n_bins + 1), and the squared sum of
+    each excursion to `squares` (L,)."""
     n, weighted = len(r), len(weights) > 0
     for i in range(len(lags)):
         f, total = n, 0.
@@ -578,7 +624,8 @@ def studentised(
     sums, squares = np.zeros((len(lags), _count(bins) + 1)), np.zeros(len(lags))
     for i, (x, s, n) in enumerate(zip(r, states, nominal_lengths(states, lengths))):
         _interior_sums(x, s, _bins(x, bins), np.empty(0) if weights is None else weights[i], n, lags, sums, squares)
-    with np.errstate(invalid='ignore'): return np.abs(np.cumsum(sums, 1)).max(1) / np.sqrt(np.where(squares > 1e-20, squares, np.nan))
+    with np.errstate(invalid='ignore'):
+        return np.abs(np.cumsum(sums, 1)).max(1) / np.sqrt(np.where(squares > 1e-20, squares, np.nan))
 
 # %% ../nbs/41_zq.ipynb #a1197f4f
 def regular(
@@ -589,7 +636,8 @@ def regular(
     "Hold each frame until the next on a grid of equal steps; raises `ValueError` for times that do not increase."
     times = as_ensemble(times, np.float64, 'times')
     x = [np.asarray(v) for v in (x if isinstance(x, list) else [x])]
-    if [len(t) for t in times] != [len(v) for v in x]: raise ValueError('times: give one number per frame, in the same trajectories as r')
+    if [len(t) for t in times] != [len(v) for v in x]:
+        raise ValueError('times: give one number per frame, in the same trajectories as r')
     smallest = min([np.diff(t).min() for t in times if len(t) > 1], default=1.)
     if smallest <= 0: raise ValueError('times: they must increase from frame to frame in every trajectory')
     step = smallest if step is None else step
@@ -620,7 +668,8 @@ def profile_tau(
     "Z_tau, flat in x for the true mean first passage time; raises `ValueError` when the target is never visited."
     tau, states = check_coordinate(tau, states, both=False)
     times = [np.arange(len(x)) for x in tau] if times is None else check_coordinate(times, states, both=False)[0]
-    if not any((s == target).any() for s in states): raise ValueError(f'no frame has the flag {target} of the target, so no passage ends')
+    if not any((s == target).any() for s in states):
+        raise ValueError(f'no frame has the flag {target} of the target, so no passage ends')
     lags, edges = _check_lags(lags, states), np.linspace(0, max(x.max() for x in tau), n_bins + 1)
     z = np.zeros((len(lags), n_bins + 1))
     flags = [np.where(s == target, 0, -1).astype(np.int8) for s in states]
@@ -643,7 +692,8 @@ def _mismatch(r, states, frames=0):
 
 # %% ../nbs/41_zq.ipynb #79f068e2
 def _copied(r, states):
-    "Share of excursions whose last frame already has the value of the boundary to come, and whose first still has that left behind."
+    """Share of excursions whose last frame already has the value of the boundary to come, and whose first still has
+    that left behind."""
     last, first, n = 0, 0, 0
     for x, s in zip(r, states):
         left, right = excursions(x, s)
@@ -660,12 +710,20 @@ def _judge_boundary(result, r, states, reference, lengths):
     if share:
         for k in (1, -1, 2, -2, 3, -3):
             if _mismatch(r, states, k)[0] < 0.01 * share:
-                return Verdict('misaligned flags', False, f'r is not 0 on A and 1 on B on {share:.1%} of the boundary frames, and is when read {abs(k)} frame{"s" * (abs(k) > 1)} {"later" if k > 0 else "earlier"}', _ALIGN)
+                return Verdict('misaligned flags', False, f'r is not 0 on A and 1 on B on {share:.1%} of the boundary '
+                                                          f'frames, and is when read {abs(k)} '
+                                                          f'frame{"s" * (abs(k) > 1)} {"later" if k > 0 else "earlier"}', _ALIGN)
         t = cut_profiles(clamp(r, states), states, result.lags).t_max
-        return Verdict('unclamped boundary', False, f'r is up to {gap:.3g} away from 0 on A or 1 on B on {share:.1%} of the boundary frames (T_max {result.t_max:.2f}; clamped it would be {t:.2f})', 'foldbook.committor.clamp, or map the coordinate to a committor first')
+        return Verdict('unclamped boundary', False, f'r is up to {gap:.3g} away from 0 on A or 1 on B on {share:.1%} '
+                                                    f'of the boundary frames (T_max {result.t_max:.2f}; clamped it '
+                                                    f'would be {t:.2f})', 'foldbook.committor.clamp, or map the '
+                                                        'coordinate to a committor first')
     last, first = _copied(r, states)
     if abs(last - first) > 0.8:
-        return Verdict('misaligned flags', False, f'{max(last, first):.0%} of the excursions {"end" if last > first else "begin"} with a frame that already has the value of the boundary: r runs {"ahead of" if last > first else "behind"} the flags', _ALIGN)
+        return Verdict('misaligned flags', False, f'{max(last, first):.0%} of the excursions '
+                                                  f'{"end" if last > first else "begin"} with a frame that already '
+                                                  f'has the value of the boundary: r runs '
+                                                  f'{"ahead of" if last > first else "behind"} the flags', _ALIGN)
 
 # %% ../nbs/41_zq.ipynb #9b4993c1
 _HONEST = 'judge on frames that no fit has seen, and look for input from later frames or from outcomes'
@@ -673,7 +731,9 @@ _HONEST = 'judge on frames that no fit has seen, and look for input from later f
 def _certain(r, states):
     "Nearly all forecasts are 0 or 1, of both kinds, and all of those come true."
     r, states = _head(r, states)
-    if sum(np.count_nonzero((np.minimum(x, 1 - x) >= 1e-6) & (s < 0)) for x, s in zip(r, states)) > 0.02 * sum((s < 0).sum() for s in states): return False
+    if sum(np.count_nonzero((np.minimum(x, 1 - x) >= 1e-6) & (s < 0))
+           for x, s in zip(r, states)) > 0.02 * sum((s < 0).sum() for s in states):
+        return False
     p, y, visit = _interior(r, states)
     if not len(p): return False
     sure = np.minimum(p, 1 - p) < 1e-6
@@ -685,12 +745,18 @@ def _judge_leak(result, r, states, reference, lengths):
     if reference is not None:
         difference, se = paired_log_loss(r, reference, states)
         if difference < -3 * se:
-            return Verdict('uses the future', False, f'its log-loss is {-difference:.4f} +- {se:.4f} below that of the reference, which no coordinate without knowledge of the future can reach', 'look for input from later frames')
+            return Verdict('uses the future', False, f'its log-loss is {-difference:.4f} +- {se:.4f} below that of '
+                                                     f'the reference, which no coordinate without knowledge of the '
+                                                     f'future can reach', 'look for input from later frames')
     if _certain(r, states):
-        return Verdict('uses the future', False, 'between the states it is 0 or 1 on 99 % of the frames, and every time what it says comes true', _HONEST)
-    resolved = result.n_ab and result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5 # else any profile is flat
+        return Verdict('uses the future', False, 'between the states it is 0 or 1 on 99 % of the frames, and every '
+                                                 'time what it says comes true', _HONEST)
+    # else any profile is flat
+    resolved = result.n_ab and result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5
     if resolved and (result.t_sd < 0.2 or result.t_max < 0.6):
-        return Verdict('uses the future', False, f'the profile is flatter than chance permits (T_sd {result.t_sd:.2f}, T_max {result.t_max:.2f}; the true committor stays above 0.2 and 0.6)', _HONEST)
+        return Verdict('uses the future', False, f'the profile is flatter than chance permits (T_sd '
+                                                 f'{result.t_sd:.2f}, T_max {result.t_max:.2f}; the true committor '
+                                                 f'stays above 0.2 and 0.6)', _HONEST)
 
 # %% ../nbs/41_zq.ipynb #2188fc37
 def _isotonic(r, states, n_bins=1000):
@@ -709,33 +775,40 @@ def _isotonic(r, states, n_bins=1000):
 # %% ../nbs/41_zq.ipynb #47f140ff
 def _chain(r, states, n_bins=80):
     "Monotone map of r to the committor of a Markov chain of its bins, linear between the centres of the bins."
-    bins = [np.where(s >= 0, n_bins + s, np.minimum(x * n_bins, n_bins - 1)).astype(np.int64) for x, s in zip(r, states)]
-    steps = sum(np.bincount(b[:-1] * (n_bins + 2) + b[1:], minlength=(n_bins + 2)**2) for b in bins).reshape(n_bins + 2, -1)
+    bins = [np.where(s >= 0, n_bins + s, np.minimum(x * n_bins, n_bins - 1)).astype(np.int64)
+            for x, s in zip(r, states)]
+    steps = sum(np.bincount(b[:-1] * (n_bins + 2) + b[1:], minlength=(n_bins + 2)**2) for b in bins).reshape(n_bins + 2,
+                                                                                                             -1)
     full = np.flatnonzero(steps[:n_bins].sum(1))
     P = steps[full] / steps[full].sum(1, keepdims=True)
     q = np.linalg.lstsq(np.eye(len(full)) - P[:, full], P[:, n_bins + 1])[0]
-    total, n = (sum(np.bincount(b, w, n_bins + 2) for b, w in zip(bins, ws)) for ws in (r, [np.ones(len(x)) for x in r]))
-    return clamp([np.interp(x, np.r_[0, (total / np.maximum(n, 1))[full], 1], np.r_[0, np.clip(np.maximum.accumulate(q), 0, 1), 1]) for x in r], states)
+    total, n = (sum(np.bincount(b, w, n_bins + 2) for b, w in zip(bins, ws))
+                for ws in (r, [np.ones(len(x)) for x in r]))
+    return clamp([np.interp(x, np.r_[0, (total / np.maximum(n, 1))[full], 1],
+                            np.r_[0, np.clip(np.maximum.accumulate(q), 0, 1), 1]) for x in r], states)
 
 # %% ../nbs/41_zq.ipynb #ba699729
 def as_probability(
     r, # a coordinate in any unit, (T,) per trajectory
     states, # flags of the same frames, both states visited
 ) -> list: # float64 (T,) between 0 and 1, exactly 0 on A and 1 on B
-    "The monotone map of a coordinate that forecasts the outcomes best; raises `ValueError` when a state, or everything between, is missing."
+    """The monotone map of a coordinate that forecasts the outcomes best; raises `ValueError` when a state, or
+    everything between, is missing."""
     r, states = check_coordinate(r, states)
     inside = np.concatenate([x[s < 0] for x, s in zip(r, states)])
     if not len(inside): raise ValueError('no frame lies between the states, so there is nothing to map')
     a, b = (np.mean(np.concatenate([x[s == k] for x, s in zip(r, states)])) for k in (0, 1))
     value, rank = np.unique(np.quantile(np.sign(b - a) * inside, np.linspace(0.001, 0.999, 501)), return_index=True)
     if len(value) < 2: raise ValueError('the coordinate does not tell A from B, or does not vary between them')
-    scale = (value - value[0]) / (value[-1] - value[0]) + rank / rank[-1] # half by value and half by rank, so that no stretch is too coarse
+    # half by value and half by rank, so that no stretch is too coarse
+    scale = (value - value[0]) / (value[-1] - value[0]) + rank / rank[-1]
     u = [np.interp(np.sign(b - a) * x, value, scale / 2) for x in r]
     return min((f(u, states) for f in (_isotonic, _chain)), key=lambda p: cut_profiles(p, states).t_max or 0)
 
 # %% ../nbs/41_zq.ipynb #c72aee7f
 def _beta(r, states):
-    "Smooth map of r to the outcomes: logistic in log r and log(1 - r), fitted by likelihood to binned frames (Kull et al. 2017)."
+    """Smooth map of r to the outcomes: logistic in log r and log(1 - r), fitted by likelihood to binned frames (Kull
+    et al. 2017)."""
     from scipy.optimize import minimize
     from scipy.special import expit
     logs = lambda x: np.stack([np.log(x), -np.log1p(-x)])
@@ -756,12 +829,14 @@ def _head(r, states, n_frames=1_000_000):
     return tuple([x[:n] for x, n in zip(v, room) if n] for v in (r, states))
 
 def _lines(r, states):
-    "Slope and intercept of two lines that stretch r to the range 0 to 1: through the outcomes by least squares, and through its extremes."
+    """Slope and intercept of two lines that stretch r to the range 0 to 1: through the outcomes by least squares,
+    and through its extremes."""
     value, outcome, _ = _interior(r, states)
     low, high = np.quantile(value, [0.001, 0.999])
     if high - low < 1e-9: return []
     slopes = np.cov(value, outcome)[0, 1] / value.var(ddof=1), 1 / (high - low)
-    return [(float(k), float(c)) for k, c in zip(slopes, (outcome.mean() - slopes[0] * value.mean(), -low * slopes[1])) if k > 1.03]
+    return [(float(k), float(c)) for k, c in zip(slopes, (outcome.mean() - slopes[0] * value.mean(), -low * slopes[1]))
+            if k > 1.03]
 
 def _judge_cures(result, r, states, reference, lengths):
     "Misaligned or miscalibrated, if a shift or a recalibration brings T_max down."
@@ -769,20 +844,28 @@ def _judge_cures(result, r, states, reference, lengths):
     lags = result.lags[result.lags < max(max(map(len, r)), 2)]
     name, lengths = result.decisive[0], lengths if np.ndim(lengths) == 0 else lengths[:len(r)]
     def trial(x, lags):
-        if name == 'T_ne': return float(np.nan_to_num(studentised(clamp(x, states), states, lags, lengths=lengths), nan=np.inf).max())
+        if name == 'T_ne':
+            return float(np.nan_to_num(studentised(clamp(x, states), states, lags, lengths=lengths), nan=np.inf).max())
         return cut_profiles(clamp(x, states), states, lags, lengths=lengths).t_max or np.inf
     t = trial(r, lags)
     for k in (1, -1):
         if (s := trial([_shift(x, k) for x in r], lags[:3])) < min(2.5, t / 2):
-            return Verdict('misaligned flags', False, f'{name} is {t:.2f}, and {s:.2f} if r is read one frame {"later" if k > 0 else "earlier"}', _ALIGN)
+            return Verdict('misaligned flags', False, f'{name} is {t:.2f}, and {s:.2f} if r is read one frame '
+                                                      f'{"later" if k > 0 else "earlier"}', _ALIGN)
     if not len(_interior(r, states)[0]): return None # no outcome to calibrate on
     stretched = [(trial([np.clip(k * x + c, 0, 1) for x in r], lags), k, c) for k, c in _lines(r, states)]
     s, slope, level = min(stretched, default=(np.inf, 1, 0))
     if s < min(t / 3, max(2 * LIMIT, t / 8)):
-        return Verdict('wrong level', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} for {slope:.2f} r {level:+.2f}: between the states r runs from about {max(-level / slope, 0):.2f} to {min((1 - level) / slope, 1):.2f}, not from 0 to 1',
+        return Verdict('wrong level', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} for {slope:.2f} r '
+                                             f'{level:+.2f}: between the states r runs from about '
+                                             f'{max(-level / slope, 0):.2f} to {min((1 - level) / slope, 1):.2f}, not '
+                                             f'from 0 to 1',
                        'stretch r so that it tends to 0 at A and to 1 at B, or fit an isotonic map on the training part')
-    if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta, _chain)[:3 if name == 'T_ne' else 2])) < min(2 * LIMIT, 0.6 * t):
-        return Verdict('miscalibrated', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} after a monotone recalibration: the order of frames is right, their values are not', 'fit an isotonic map or a one-dimensional committor on the training part')
+    if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta, _chain)[:3 if name == 'T_ne' else 2])) < min(2
+        * LIMIT, 0.6 * t):
+        return Verdict('miscalibrated', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} after a monotone '
+                                               f'recalibration: the order of frames is right, their values are not',
+                                               'fit an isotonic map or a one-dimensional committor on the training part')
 
 # %% ../nbs/41_zq.ipynb #15f0dee2
 def _caution(result, states):
@@ -791,26 +874,35 @@ def _caution(result, states):
     if result.lags[0] > 1: return f' (lags below {result.lags[0]} were not tested)'
     if path < 5: return f' (a transition path takes {path:.1f} frames: frames are too far apart for a severe test)'
     if result.n_ab < 20: return f' (only {result.n_ab:g} transitions: the test has little power)'
-    if length < 20 * path: return f' (a trajectory is only {length / path:.0f} transition paths long: windows are lost at its ends, and the level is below N_AB)'
+    if length < 20 * path:
+        return f' (a trajectory is only {length / path:.0f} transition paths long: windows are lost at its ends, and the level is below N_AB)'
     return ''
 
 def _judge_shape(result, r, states, reference, lengths):
     "Pass, or moves too much, or too little."
     t, n, caution = result.t_max, result.n_ab, _caution(result, states)
     if t <= LIMIT:
-        return Verdict('pass', True, f'T_max is {t:.2f} (limit {LIMIT}) and T_sd {result.t_sd:.2f} with {n:g} transitions; the true committor does worse in {result.p_value:.0%} of samples{caution}')
+        return Verdict('pass', True, f'T_max is {t:.2f} (limit {LIMIT}) and T_sd {result.t_sd:.2f} with {n:g} '
+                                     f'transitions; the true committor does worse in {result.p_value:.0%} of '
+                                     f'samples{caution}')
     if cure := _judge_cures(result, r, states, reference, lengths): return cure
     i, mean = int(result.t_max_per_lag.argmax()), result.mean_ratio
     if result.t_sd <= 1.3 and np.ptp(mean) < abs(mean[i] - 1) / 2:
-        return Verdict('wrong level', False, f'T_max is {t:.2f} (limit {LIMIT}), but the profile is flat (T_sd {result.t_sd:.2f}), at {mean[i]:.2f} times the {n:g} transitions counted{caution}',
-                       'count the transitions on the same frames and with the same flags as r, and check that r is 0 on A and 1 on B')
+        return Verdict('wrong level', False, f'T_max is {t:.2f} (limit {LIMIT}), but the profile is flat (T_sd '
+                                             f'{result.t_sd:.2f}), at {mean[i]:.2f} times the {n:g} transitions '
+                                             f'counted{caution}',
+                       'count the transitions on the same frames and with the same flags as r, and check that r is 0 '
+                       'on A and 1 on B')
     what = f'T_max is {t:.2f} (limit {LIMIT}) at lag {result.lags[i]}, where Z_q is {mean[i]:.2f} N_AB on average, against {mean[-1]:.2f} at lag {result.lags[-1]}{caution}'
     return _moves(mean[i] >= 1, what)
 
 def _moves(too_much, what):
     "The two readings of a coordinate that nothing simple mends."
-    if too_much: return Verdict('missing slow variable', False, what + ': r moves more than a committor may', 'more features, or a history of them; less noise in r (fewer parameters, more data, ensembles)')
-    return Verdict('over-smoothed', False, what + ': r moves too little', 'no averaging over frames, a shorter window, velocities or a history as input, less over-fitting')
+    if too_much:
+        return Verdict('missing slow variable', False, what + ': r moves more than a committor may', 'more features, '
+                       'or a history of them; less noise in r (fewer parameters, more data, ensembles)')
+    return Verdict('over-smoothed', False, what + ': r moves too little', 'no averaging over frames, a shorter '
+                   'window, velocities or a history as input, less over-fitting')
 
 # %% ../nbs/41_zq.ipynb #688e7ea2
 def _judge_short(result, r, states, reference, lengths):
@@ -818,9 +910,11 @@ def _judge_short(result, r, states, reference, lengths):
     if result.t_ne is None: return None
     t, n = result.t_ne, sum(len(excursions(x, s)[0]) for x, s in zip(r, states))
     note = '' if result.n_ab else '; T_max is not normalisable: no transition from A to B was counted'
-    note += '; trajectories look stopped on arrival, and no nominal length was given' if _stopped(states, lengths) else ''
+    note += '; trajectories look stopped on arrival, and no nominal length was given' if _stopped(states,
+                                                                                                  lengths) else ''
     if t <= LIMIT:
-        return Verdict('pass', True, f'T_ne is {t:.2f} (limit {LIMIT}) over {n} excursions between the states; the true committor does worse in {1 - law("t_ne", t):.0%} of samples{note}')
+        return Verdict('pass', True, f'T_ne is {t:.2f} (limit {LIMIT}) over {n} excursions between the states; the '
+                                     f'true committor does worse in {1 - law("t_ne", t):.0%} of samples{note}')
     if cure := _judge_cures(result, r, states, reference, lengths): return cure
     i, d = int(result.t_ne_per_lag.argmax()), result.delta_r2
     j = i if i else min(len(d) - 1, 2)
@@ -843,7 +937,8 @@ def judge(
 ) -> Verdict:
     "Name what is wrong with a coordinate, in the order in which one fault hides another."
     if not result.n_ab and result.t_ne is None and not _certain(r, states):
-        return Verdict('not normalisable', False, 'no transition from A to B was counted, so Z_q has no level to be compared with', 'more or longer trajectories, or wider states')
+        return Verdict('not normalisable', False, 'no transition from A to B was counted, so Z_q has no level to be '
+                                                  'compared with', 'more or longer trajectories, or wider states')
     for check in (_judge_boundary, _judge_leak, _judge_short, _judge_shape):
         if verdict := check(result, r, states, reference, lengths): return verdict
 
@@ -862,8 +957,11 @@ def profile(
 ) -> ZqResult:
     "Z_q with error bars and a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames."
     r, states = check_coordinate(r, states, both=False)
-    if times is not None: r, states, weights, reference = (v if v is None else regular(v, times) for v in (r, states, weights, reference))
-    if _stopped(states, lengths): warnings.warn('trajectories end whenever they arrive in a state: give the frames they were granted as lengths=, or the true committor may be rejected', stacklevel=2)
+    if times is not None:
+        r, states, weights, reference = (v if v is None else regular(v, times) for v in (r, states, weights, reference))
+    if _stopped(states, lengths):
+        warnings.warn('trajectories end whenever they arrive in a state: give the frames they were granted as '
+                      'lengths=, or the true committor may be rejected', stacklevel=2)
     result = cut_profiles(r, states, lags, n_bins, weights, lengths)
     result = replace(result, short=is_short(states), t_ne_per_lag=_t_ne(result, r, states, n_bins, weights, lengths))
     if n_bootstrap and result.n_ab:
@@ -873,7 +971,8 @@ def profile(
     return replace(result, verdict=judge(result, r, states, reference, lengths))
 
 def _t_ne(result, r, states, n_bins, weights, lengths):
-    "T_ne where T_max does not apply and something can be said: short trajectories or no transition, and twenty excursions that move."
+    """T_ne where T_max does not apply and something can be said: short trajectories or no transition, and twenty
+    excursions that move."""
     if result.n_ab and not is_short(states): return None
     if sum(len(excursions(x, s)[0]) for x, s in zip(r, states)) < 20: return None
     t = studentised(r, states, result.lags, n_bins, weights, lengths)
@@ -881,32 +980,52 @@ def _t_ne(result, r, states, n_bins, weights, lengths):
 
 # %% ../nbs/41_zq.ipynb #d7b82261
 _PLAIN = {
-    'pass': ('Whatever value the coordinate has, over every span from {a} to {b} frames it is as likely to gain as to lose, up to the noise of {n}, as a true forecast of the state reached next must be',
-             'Nothing needs mending; compare its log-loss with that of other coordinates on new data, because a forecast can be fair and still know little'),
-    'missing slow variable': ('The coordinate moves back and forth more than the future bears out ({t}), so it misses something slow that decides where the molecule goes, or it carries noise',
-                              'Give it more features or a few past frames, and make it less noisy with more data, fewer parameters or the mean of several fits'),
-    'over-smoothed': ('The coordinate moves too little from one frame to the next and catches up later ({t}), as an average over neighbouring frames does',
-                      'Shorten or drop the averaging, add velocities or past frames as separate inputs, and check that it does not over-fit'),
-    'miscalibrated': ('The coordinate puts the frames in the right order, but its values are not probabilities ({t}): of the frames at 0.3, not three in ten go to the second state first',
-                      'Map it to probabilities with an isotonic fit on other trajectories than these, and judge it again'),
-    'wrong level': ('The coordinate has the right shape at the wrong height ({t}): it does not run from 0 at the first state to 1 at the second, or the transitions were counted on other frames',
-                    'Stretch it so that it tends to 0 and 1 at the two states, and count the transitions with the flags of the same frames'),
-    'misaligned flags': ('The coordinate and the flags of the two states belong to different frames, most likely one frame apart',
-                         'Pair them by frame number, remembering that a window of frames predicts its last one, and judge again'),
-    'unclamped boundary': ('The coordinate is not exactly 0 in the first state and 1 in the second, so it jumps whenever the molecule arrives or leaves',
-                           'Set it to 0 and 1 there, or, if it is in other units such as a distance, map it to a probability first'),
-    'uses the future': ('The coordinate does better than anything can that does not know what happens next, so it has seen later frames or the outcomes themselves',
-                        'Judge it on trajectories that no fit has used, and remove every input from later frames, such as a centred average'),
-    'not normalisable': ('There is nothing to judge by: no trajectory went from the first state to the second, and too little happened in between',
+    'pass': ('Whatever value the coordinate has, over every span from {a} to {b} frames it is as likely to gain as to '
+             'lose, up to the noise of {n}, as a true forecast of the state reached next must be',
+             'Nothing needs mending; compare its log-loss with that of other coordinates on new data, because a '
+             'forecast can be fair and still know little'),
+    'missing slow variable': ('The coordinate moves back and forth more than the future bears out ({t}), so it misses '
+                              'something slow that decides where the molecule goes, or it carries noise',
+                              'Give it more features or a few past frames, and make it less noisy with more data, '
+                              'fewer parameters or the mean of several fits'),
+    'over-smoothed': ('The coordinate moves too little from one frame to the next and catches up later ({t}), as an '
+                      'average over neighbouring frames does',
+                      'Shorten or drop the averaging, add velocities or past frames as separate inputs, and check '
+                      'that it does not over-fit'),
+    'miscalibrated': ('The coordinate puts the frames in the right order, but its values are not probabilities ({t}): '
+                      'of the frames at 0.3, not three in ten go to the second state first',
+                      'Map it to probabilities with an isotonic fit on other trajectories than these, and judge it '
+                      'again'),
+    'wrong level': ('The coordinate has the right shape at the wrong height ({t}): it does not run from 0 at the '
+                    'first state to 1 at the second, or the transitions were counted on other frames',
+                    'Stretch it so that it tends to 0 and 1 at the two states, and count the transitions with the '
+                    'flags of the same frames'),
+    'misaligned flags': ('The coordinate and the flags of the two states belong to different frames, most likely one '
+                         'frame apart',
+                         'Pair them by frame number, remembering that a window of frames predicts its last one, and '
+                         'judge again'),
+    'unclamped boundary': ('The coordinate is not exactly 0 in the first state and 1 in the second, so it jumps '
+                           'whenever the molecule arrives or leaves',
+                           'Set it to 0 and 1 there, or, if it is in other units such as a distance, map it to a '
+                           'probability first'),
+    'uses the future': ('The coordinate does better than anything can that does not know what happens next, so it has '
+                        'seen later frames or the outcomes themselves',
+                        'Judge it on trajectories that no fit has used, and remove every input from later frames, '
+                        'such as a centred average'),
+    'not normalisable': ('There is nothing to judge by: no trajectory went from the first state to the second, and '
+                         'too little happened in between',
                          'Run longer or more trajectories, or widen the two states')}
 
 # %% ../nbs/41_zq.ipynb #d8946186
 def explain(
     result: ZqResult, # of `profile`
 ) -> str:
-    "Two sentences in plain words: what is wrong with a coordinate, and what to try; raises `ValueError` for a result without a verdict."
-    if result.verdict is None: raise ValueError('this result has no verdict yet; make it with profile instead of cut_profiles')
+    """Two sentences in plain words: what is wrong with a coordinate, and what to try; raises `ValueError` for a
+    result without a verdict."""
+    if result.verdict is None:
+        raise ValueError('this result has no verdict yet; make it with profile instead of cut_profiles')
     name, t = result.decisive
     noise = f'{result.n_ab:g} transitions' if name == 'T_max' else 'the excursions between the states'
     what, advice = _PLAIN[result.verdict.label]
-    return f'{what}. {advice}.'.format(a=result.lags[0], b=result.lags[-1], n=noise, t=f'{name} is {t or 0:.1f}, and at most {LIMIT:g} by chance')
+    return f'{what}. {advice}.'.format(a=result.lags[0], b=result.lags[-1], n=noise, t=f'{name} is {t or 0:.1f}, and '
+                                       f'at most {LIMIT:g} by chance')

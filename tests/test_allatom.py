@@ -46,23 +46,28 @@ def test_every_solvent_has_its_force(dipeptide, solvent):
     system = fa.molecular_system(dipeptide.topology, 'ff14SB', solvent)
     kinds = {type(f).__name__ for f in system.getForces()}
     assert ('GBSAOBCForce' in kinds, 'CustomGBForce' in kinds) == (solvent == 'obc2', solvent not in ('obc2', 'vacuum'))
-    if solvent == 'vacuum': assert energy(AtomicModel(dipeptide, 'ff14SB', solvent), dipeptide.positions) > energy(AtomicModel(dipeptide, **FAST), dipeptide.positions)
+    if solvent == 'vacuum':
+        assert energy(AtomicModel(dipeptide, 'ff14SB', solvent),
+                      dipeptide.positions) > energy(AtomicModel(dipeptide, **FAST), dipeptide.positions)
 
 
 def test_plain_openmm_gives_the_same_energy(everything):
     "The peer: a system made by OpenMM's own two lines."
-    system = app.ForceField('amber/protein.ff14SBonlysc.xml', 'implicit/gbn2.xml').createSystem(everything.topology, nonbondedMethod=app.NoCutoff)
+    system = app.ForceField('amber/protein.ff14SBonlysc.xml', 'implicit/gbn2.xml').createSystem(everything.topology,
+        nonbondedMethod=app.NoCutoff)
     context = mm.Context(system, mm.VerletIntegrator(0.001), mm.Platform.getPlatformByName('Reference'))
     context.setPositions(everything.positions)
     want = context.getState(getEnergy=True).getPotentialEnergy()._value
-    assert np.isclose(energy(AtomicModel(everything, time_step=0.001, platform='Reference'), everything.positions), want, rtol=1e-9)
+    assert np.isclose(energy(AtomicModel(everything, time_step=0.001, platform='Reference'), everything.positions),
+                      want, rtol=1e-9)
 
 
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 1000), st.sampled_from([None, 0.9, 1.6]))
 def test_compiled_and_written_obc2_agree(everything, seed, cutoff):
     x = everything.positions + np.random.default_rng(seed).normal(scale=0.003, size=everything.positions.shape)
-    a, b = (energy(AtomicModel(everything, 'ff14SB', s, cutoff=cutoff, platform='Reference'), x) for s in ('obc2', 'obc2-custom'))
+    a, b = (energy(AtomicModel(everything, 'ff14SB', s, cutoff=cutoff, platform='Reference'), x)
+            for s in ('obc2', 'obc2-custom'))
     assert np.isclose(a, b, atol=0.01)
 
 
@@ -71,31 +76,40 @@ def test_time_step_decides_on_constraints_and_masses(dipeptide, time_step, const
     system = AtomicModel(dipeptide, **FAST, time_step=time_step).system
     hydrogen = next(a.index for a in dipeptide.topology.atoms() if a.element.symbol == 'H')
     total = sum(system.getParticleMass(k)._value for k in range(22))
-    assert system.getNumConstraints() == constraints and np.isclose(system.getParticleMass(hydrogen)._value, mass, atol=1e-3) and np.isclose(total, 144.17, atol=0.05)
+    assert system.getNumConstraints() == constraints and np.isclose(system.getParticleMass(hydrogen)._value, mass,
+                                                                    atol=1e-3) and np.isclose(total, 144.17, atol=0.05)
 
 
-@pytest.mark.parametrize('wrong, message', [(dict(force_field='ff20'), "unknown force field 'ff20'; there are: ff14SBonlysc"), (dict(solvent='water'), "unknown solvent 'water'"),
-                                            (dict(temperature=0.0), 'temperature'), (dict(temperature=-1.0), 'temperature'), (dict(time_step=0.0), 'time step'), (dict(platform='Abacus'), 'does not work here')])
+@pytest.mark.parametrize('wrong, message', [(dict(force_field='ff20'), "unknown force field 'ff20'; there are: "
+                                             "ff14SBonlysc"), (dict(solvent='water'), "unknown solvent 'water'"),
+                                            (dict(temperature=0.0), 'temperature'),
+                                            (dict(temperature=-1.0), 'temperature'), (dict(time_step=0.0), 'time step'),
+                                            (dict(platform='Abacus'), 'does not work here')])
 def test_wrong_settings_leave_nothing(dipeptide, tmp_path, wrong, message):
-    with pytest.raises(ValueError, match=message): fa.equilibrium(dipeptide, tmp_path/'out', n_workers=1, progress=False, **FAST | wrong)
+    with pytest.raises(ValueError, match=message):
+        fa.equilibrium(dipeptide, tmp_path/'out', n_workers=1, progress=False, **FAST | wrong)
     assert not (tmp_path/'out').exists()
 
 
 def test_unknown_atoms_and_residues_are_named(dipeptide, tmp_path):
-    with pytest.raises(ValueError, match="unknown choice of atoms 'beta'"): fa.equilibrium(dipeptide, tmp_path, atoms='beta', n_workers=1, progress=False, **FAST)
+    with pytest.raises(ValueError, match="unknown choice of atoms 'beta'"):
+        fa.equilibrium(dipeptide, tmp_path, atoms='beta', n_workers=1, progress=False, **FAST)
     less = app.Modeller(dipeptide.topology, dipeptide.positions)
     less.delete([next(a for a in dipeptide.topology.atoms() if a.name == 'CB')])
-    with pytest.raises(ValueError, match='residue 1 .ALA.*foldbook.structures.prepare'): fa.molecular_system(less.topology, 'ff14SB')
+    with pytest.raises(ValueError, match='residue 1 .ALA.*foldbook.structures.prepare'):
+        fa.molecular_system(less.topology, 'ff14SB')
 
 
 def test_atoms_in_one_another_are_named(dipeptide):
     helix = peptide('A'*10, 'helix', caps=False)
     x = np.array(helix.positions)
     x[60:70] = x[10:20]
-    with pytest.raises(ValueError, match=r'atoms ALA\d+-\S+ and ALA\d+-\S+ are 0.000 nm apart'): fa.minimised(AtomicModel(replace(helix, positions=x), **FAST))
+    with pytest.raises(ValueError, match=r'atoms ALA\d+-\S+ and ALA\d+-\S+ are 0.000 nm apart'):
+        fa.minimised(AtomicModel(replace(helix, positions=x), **FAST))
     x = np.array(dipeptide.positions)
     x[8] = np.nan
-    with pytest.raises(ValueError, match='is not a number'): fa.minimised(AtomicModel(replace(dipeptide, positions=x), **FAST))
+    with pytest.raises(ValueError, match='is not a number'):
+        fa.minimised(AtomicModel(replace(dipeptide, positions=x), **FAST))
 
 
 def test_platform_is_the_fastest_for_the_size(monkeypatch):
@@ -104,7 +118,8 @@ def test_platform_is_the_fastest_for_the_size(monkeypatch):
     assert [pick(22), pick(22, 'gbn2'), pick(22, 'vacuum'), pick(166)] == ['Reference', 'CPU', 'Reference', 'CPU']
     monkeypatch.setattr(fa, 'platforms', lambda: ('Reference', 'CPU', 'CUDA'))
     assert [pick(22), pick(166)] == ['Reference', 'CUDA'] and 'GPU' in fa.choose_platform(166).why
-    assert fa.choose_platform(166).properties['DeterministicForces'] == 'true' and fa.choose_platform(166, platform='CPU').properties == {'Threads': '1'}
+    assert fa.choose_platform(166).properties['DeterministicForces'] == 'true' and fa.choose_platform(166,
+        platform='CPU').properties == {'Threads': '1'}
 
 
 RUN = dict(n_frames=24, steps_per_frame=10, seed=3, burn_in=6, keep=('energy', 'forces'), progress=False)
@@ -133,8 +148,10 @@ fs.simulate(model, sys.argv[1] + '/a.h5', 40, 40, seed=3, burn_in=5, segment=5, 
     assert kills and run('killed').wait() == 0
     a, b = (md.load(str(tmp_path/w/'a.h5')) for w in ('whole', 'killed'))
     assert len(a) == 40 and (a.xyz == b.xyz).all()
-    with np.load(tmp_path/'whole'/'a.npz') as x, np.load(tmp_path/'killed'/'a.npz') as y: assert set(x.files) == {'energy', 'forces'} and all((x[k] == y[k]).all() for k in x.files)
-    assert sorted(p.name for p in (tmp_path/'killed').iterdir()) == ['a.h5', 'a.h5.json', 'a.npz', 'native.json', 'native.pdb']
+    with np.load(tmp_path/'whole'/'a.npz') as x, np.load(tmp_path/'killed'/'a.npz') as y:
+        assert set(x.files) == {'energy', 'forces'} and all((x[k] == y[k]).all() for k in x.files)
+    assert sorted(p.name for p in (tmp_path/'killed').iterdir()) == ['a.h5', 'a.h5.json', 'a.npz', 'native.json',
+                                                                     'native.pdb']
 
 
 def test_processes_make_the_serial_trajectories(dipeptide, tmp_path):
@@ -143,7 +160,8 @@ def test_processes_make_the_serial_trajectories(dipeptide, tmp_path):
     x, y = ([md.load(str(p)).xyz for p in run] for run in (one, two))
     assert (np.array(x) == np.array(y)).all() and not (x[0] == x[1]).all()
     made = json.loads((tmp_path/'two'/'ala2-1.h5.json').read_text())
-    assert (made['trajectory'], made['force_field'], made['solvent'], made['platform'], made['temperature'], made['time_step'], made['friction']) == (1, 'ff14SB', 'obc2', 'Reference', 300.0, 0.004, 1.0)
+    assert (made['trajectory'], made['force_field'], made['solvent'], made['platform'], made['temperature'],
+            made['time_step'], made['friction']) == (1, 'ff14SB', 'obc2', 'Reference', 300.0, 0.004, 1.0)
 
 
 @pytest.mark.parametrize('atoms, n', [('all', 22), ('heavy', 10), ('CA', 1)])
@@ -157,12 +175,15 @@ def test_atoms_written_have_a_structure_beside_them(dipeptide, tmp_path, atoms, 
 
 def test_other_settings_do_not_share_a_directory(dipeptide, tmp_path):
     fa.equilibrium(dipeptide, tmp_path, n_workers=1, **RUN, **FAST)
-    with pytest.raises(ValueError, match='other settings'): fa.equilibrium(dipeptide, tmp_path, n_workers=1, **RUN, **FAST | dict(solvent='vacuum'))
-    with pytest.raises(ValueError, match='another model, seed or length'): fa.equilibrium(dipeptide, tmp_path, n_workers=1, **RUN | dict(seed=4), **FAST)
+    with pytest.raises(ValueError, match='other settings'):
+        fa.equilibrium(dipeptide, tmp_path, n_workers=1, **RUN, **FAST | dict(solvent='vacuum'))
+    with pytest.raises(ValueError, match='another model, seed or length'):
+        fa.equilibrium(dipeptide, tmp_path, n_workers=1, **RUN | dict(seed=4), **FAST)
 
 
 def test_a_step_too_long_is_refused(dipeptide, tmp_path):
-    with pytest.raises(ValueError, match='lower the time step'): fa.equilibrium(dipeptide, tmp_path/'out', n_workers=1, **RUN, **FAST | dict(time_step=0.02))
+    with pytest.raises(ValueError, match='lower the time step'):
+        fa.equilibrium(dipeptide, tmp_path/'out', n_workers=1, **RUN, **FAST | dict(time_step=0.02))
     assert not (tmp_path/'out').exists()
 
 
@@ -171,7 +192,9 @@ def test_a_run_that_explodes_says_so(dipeptide, tmp_path):
     model = AtomicModel(dipeptide, **FAST)
     x = np.array(dipeptide.positions)
     x[3] = x[12] + 1e-7
-    with pytest.raises(ValueError, match='(?i)boom.xtc.*integration failed: lower the time step'): fa.simulate_all(model, [dict(out=tmp_path/'boom.xtc', start=x, n_frames=5, steps_per_frame=20, burn_in=0)], n_workers=1, progress=False)
+    with pytest.raises(ValueError, match='(?i)boom.xtc.*integration failed: lower the time step'):
+        fa.simulate_all(model, [dict(out=tmp_path/'boom.xtc', start=x, n_frames=5, steps_per_frame=20, burn_in=0)],
+                        n_workers=1, progress=False)
     assert not (tmp_path/'boom.xtc').exists()
 
 

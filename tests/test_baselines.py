@@ -6,13 +6,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from foldbook import baselines
-from foldbook.baselines import (BASELINES, DiffusiveCommittor, IsotonicCommittor, LogisticCommittor, MSMCommittor, SlowModeCommittor, TicaCoordinate,
+from foldbook.baselines import (BASELINES, DiffusiveCommittor, IsotonicCommittor, LogisticCommittor, MSMCommittor,
+                                SlowModeCommittor, TicaCoordinate,
                                 baseline, jsonable, slow_modes)
 from foldbook.systems import dw1d, lshape2d
 from foldbook.zq import profile
 
 # Small settings: what is tested is right or wrong by a wide margin.
-SMALL = {'logistic': LogisticCommittor, 'msm': lambda seed=0: MSMCommittor(n_cells=80, seed=seed), 'vampnet': lambda seed=0: SlowModeCommittor('softmax', 3, max_epochs=8, seed=seed),
+SMALL = {'logistic': LogisticCommittor, 'msm': lambda seed=0: MSMCommittor(n_cells=80, seed=seed),
+         'vampnet': lambda seed=0: SlowModeCommittor('softmax', 3, max_epochs=8, seed=seed),
          'srv': lambda seed=0: SlowModeCommittor('linear', 2, max_epochs=8, seed=seed)}
 
 
@@ -55,7 +57,8 @@ def test_maps_are_saved_and_loaded(make, well, tmp_path):
 
 def test_map_without_a_state_says_so(well):
     _, x, states = well
-    with pytest.raises(ValueError, match=r'A \(0\)|state A'): DiffusiveCommittor().fit(x, [np.where(f == 0, -1, f) for f in states])
+    with pytest.raises(ValueError, match=r'A \(0\)|state A'):
+        DiffusiveCommittor().fit(x, [np.where(f == 0, -1, f) for f in states])
 
 
 # --- TICA --------------------------------------------------------------------------------------------------------
@@ -63,7 +66,8 @@ def test_tica_agrees_with_the_closed_form():
     rng = np.random.default_rng(0)
     slow = np.zeros(20_000)
     for t in range(1, len(slow)): slow[t] = .99*slow[t-1] + rng.normal()
-    x = np.stack([slow + rng.normal(size=len(slow)), rng.normal(size=len(slow)), 3*rng.normal(size=len(slow)) - slow, np.full(len(slow), 2.)], 1)
+    x = np.stack([slow + rng.normal(size=len(slow)), rng.normal(size=len(slow)), 3*rng.normal(size=len(slow)) - slow,
+                  np.full(len(slow), 2.)], 1)
     states = [np.where(slow > 8, 1, np.where(slow < -8, 0, -1)).astype(np.int8)]
     got = TicaCoordinate(5).fit([x], states).transform([x])[0]
     a, b = x[:-5, :3], x[5:, :3]
@@ -78,7 +82,8 @@ def test_tica_agrees_with_the_closed_form():
     mean, weights = slow_modes([x], 5, 2)
     both = (x - mean) @ weights
     own = [np.corrcoef(v[:-5], v[5:])[0, 1] for v in both.T]
-    assert weights.shape == (4, 2) and np.allclose(both.std(0), own, atol=.02) and (weights[3] == 0).all(), 'a kinetic map'
+    assert weights.shape == (4, 2) and np.allclose(both.std(0), own,
+                                                   atol=.02) and (weights[3] == 0).all(), 'a kinetic map'
 
 
 # --- every rival -------------------------------------------------------------------------------------------------
@@ -91,7 +96,8 @@ def bent():
     return *seen, [system.committor[p] for p in parts[2]]
 
 
-def error(r, exact, states): return np.sqrt(np.mean((np.concatenate(r) - np.concatenate(exact))[np.concatenate(states) < 0]**2))
+def error(r, exact, states):
+    return np.sqrt(np.mean((np.concatenate(r) - np.concatenate(exact))[np.concatenate(states) < 0]**2))
 
 
 @pytest.fixture(scope='module')
@@ -140,14 +146,16 @@ def test_saved_and_loaded_without_pickle(name, fitted, bent, tmp_path):
     again = type(one).load(one.save(tmp_path) and tmp_path)
     assert all(np.array_equal(a, b) for a, b in zip(again.transform(x, states), one.transform(x, states)))
     assert again.n_parameters == one.n_parameters > 0
-    with np.load(next(tmp_path.glob('*.npz')), allow_pickle=False) as f: assert all(f[k].dtype != object for k in f.files)
+    with np.load(next(tmp_path.glob('*.npz')), allow_pickle=False) as f:
+        assert all(f[k].dtype != object for k in f.files)
     with pytest.raises(FileNotFoundError): type(one).load(tmp_path/'nothing')
 
 
 @pytest.mark.parametrize('name', ['msm', 'vampnet'])
 def test_the_seed_decides(name, bent):
     train, held, (x, _), _ = bent
-    small = lambda seed: SMALL[name](seed=seed).fit([v[:5000] for v in train[0]], [f[:5000] for f in train[1]], validation=held).transform(x)[0]
+    small = lambda seed: SMALL[name](seed=seed).fit([v[:5000] for v in train[0]], [f[:5000] for f in train[1]],
+                                                    validation=held).transform(x)[0]
     assert np.array_equal(small(1), small(1)) and not np.array_equal(small(1), small(2))
 
 
@@ -162,7 +170,8 @@ def test_training_leaves_the_global_random_state_alone(bent):
 
 def test_markov_model_agrees_with_the_linear_solve():
     rng = np.random.default_rng(0)
-    p = np.array([[.8, 0, .2, 0, 0], [0, .8, 0, 0, .2], [.2, 0, .5, .3, 0], [0, 0, .3, .4, .3], [0, .2, 0, .3, .5]])  # symmetric: reversible
+    # symmetric: reversible
+    p = np.array([[.8, 0, .2, 0, 0], [0, .8, 0, 0, .2], [.2, 0, .5, .3, 0], [0, 0, .3, .4, .3], [0, .2, 0, .3, .5]])
     walk = [0]
     for u in rng.random(200_000): walk.append(int(np.searchsorted(p[walk[-1]].cumsum(), u)))
     q = np.linalg.solve(np.eye(3) - p[2:, 2:], p[2:, 1])
@@ -178,12 +187,16 @@ def test_lag_and_regularisation_are_chosen_on_validation(fitted, bent):
 
 
 def test_bad_input():
-    x, f = [np.random.default_rng(0).normal(size=(50, 2))], [np.r_[0, np.full(24, -1), 0, np.full(22, -1), 0, 1].astype(np.int8)]
+    x, f = [np.random.default_rng(0).normal(size=(50, 2))], [np.r_[0, np.full(24, -1), 0, np.full(22, -1), 0,
+                                                                   1].astype(np.int8)]
     with pytest.raises(ValueError, match='others that go to B'): LogisticCommittor().fit(x, f)
     with pytest.raises(ValueError, match='softmax or linear'): SlowModeCommittor('relu').fit(x, f)
     with pytest.raises(ValueError, match='too short'): SlowModeCommittor(lag=60).fit(x, f)
     apart = [np.r_[s, np.full(49, -1)].astype(np.int8) for s in (0, 1)]
-    with pytest.raises(ValueError, match='not connected'): MSMCommittor(n_cells=5, tica_lag=2).fit([x[0], x[0] + 99], apart)
+    with pytest.raises(ValueError, match='not connected'):
+        MSMCommittor(n_cells=5, tica_lag=2).fit([x[0], x[0] + 99], apart)
     with pytest.raises(ValueError, match='oracle.*vampnet'): baseline('oracle')
-    assert baseline('srv', 4, 7).seed == 4 and baseline('srv', 4, 7).lag == 7 and set(BASELINES) == {'logistic', 'msm', 'vampnet', 'srv'}
-    assert json.loads(json.dumps(jsonable(dict(a=np.float32('nan'), b=(np.int8(1), np.array([.5])))))) == dict(a=None, b=[1, [.5]])
+    assert baseline('srv', 4, 7).seed == 4 and baseline('srv', 4, 7).lag == 7 and set(BASELINES) == {'logistic', 'msm',
+                                                                                                     'vampnet', 'srv'}
+    assert json.loads(json.dumps(jsonable(dict(a=np.float32('nan'), b=(np.int8(1), np.array([.5])))))) == dict(a=None,
+        b=[1, [.5]])

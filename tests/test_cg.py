@@ -26,7 +26,8 @@ def full_prior(names=NAMES, seed=0, damping=0.):
     rng = np.random.default_rng(seed)
     at = lambda span: [tuple(names[k:k + span]) for k in range(len(names) - span + 1)]
     waves = {k: tuple(zip(rng.uniform(0.5, 2, 3).tolist(), rng.uniform(-3, 3, 3).tolist())) for k in at(4)}
-    return Prior({k: (float(rng.uniform(2e4, 4e4)), float(rng.uniform(0.37, 0.39))) for k in at(2)}, {n: float(rng.uniform(5e-3, 1e-2)) for n in names},
+    return Prior({k: (float(rng.uniform(2e4, 4e4)), float(rng.uniform(0.37, 0.39))) for k in at(2)},
+                 {n: float(rng.uniform(5e-3, 1e-2)) for n in names},
                  {k: (float(rng.uniform(10, 40)), float(rng.uniform(1.6, 2.4))) for k in at(3)}, waves, damping)
 
 
@@ -56,9 +57,11 @@ def openmm_energy(names, prior, x):
     for i in range(len(names) - 1): bond.addBond(i, i + 1, prior.bonds[tuple(names[i:i + 2])])
     for i in range(len(names) - 2): angle.addAngle(i, i + 1, i + 2, prior.angles[tuple(names[i:i + 3])])
     for i in range(len(names) - 3):
-        for n, (k, phase) in enumerate(prior.dihedrals[tuple(names[i:i + 4])], 1): torsion.addTorsion(i, i + 1, i + 2, i + 3, n, phase, k)
+        for n, (k, phase) in enumerate(prior.dihedrals[tuple(names[i:i + 4])], 1):
+            torsion.addTorsion(i, i + 1, i + 2, i + 3, n, phase, k)
     for i in range(len(names)):
-        for j in range(i + 2, len(names)): core.addBond(i, j, [math.sqrt(prior.repulsion[names[i]]*prior.repulsion[names[j]])])
+        for j in range(i + 2, len(names)):
+            core.addBond(i, j, [math.sqrt(prior.repulsion[names[i]]*prior.repulsion[names[j]])])
     for g, f in enumerate((bond, angle, torsion, core)):
         f.setForceGroup(g)
         system.addForce(f)
@@ -74,7 +77,8 @@ def test_prior_equals_openmm(seed):
     s = cg.chain_system(NAMES, prior, TABLE).to(torch.float64)
     terms, force = openmm_energy(NAMES, prior, x[0].numpy())
     ours = cg.prior_terms(x, s)
-    np.testing.assert_allclose([float(ours[k]) for k in ('bonds', 'angles', 'dihedrals', 'repulsion')], terms, rtol=2e-6)
+    np.testing.assert_allclose([float(ours[k]) for k in ('bonds', 'angles', 'dihedrals', 'repulsion')], terms,
+                               rtol=2e-6)
     f = cg.energy_and_forces(lambda x: cg.prior_energy(x, s), x)[1][0].numpy()
     assert abs(f - force).max() < 2e-5*abs(force).max()
 
@@ -90,7 +94,8 @@ def test_prior_in_single_precision():
 def test_bonds_are_ordered_and_only_bonded_pairs_are_spared():
     prior = Prior({('ALA', 'CYS'): (1., 0.), ('CYS', 'ALA'): (3., 0.)}, dict(ALA=1e-3, CYS=1e-3))
     x = torch.tensor([[[0., 0, 0], [0.4, 0, 0], [0.8, 0.1, 0], [1.2, 0, 0]]])
-    e = {names: float(cg.prior_terms(x[:, :2], cg.chain_system(names, prior, TABLE))['bonds']) for names in (('ALA', 'CYS'), ('CYS', 'ALA'))}
+    e = {names: float(cg.prior_terms(x[:, :2], cg.chain_system(names, prior, TABLE))['bonds'])
+         for names in (('ALA', 'CYS'), ('CYS', 'ALA'))}
     assert e['CYS', 'ALA'] == pytest.approx(3*e['ALA', 'CYS'])
     d = [float((x[0, i] - x[0, j]).norm()) for i, j in ((0, 2), (0, 3), (1, 3))]
     four = cg.prior_terms(x, cg.chain_system(['ALA', 'CYS']*2, prior, TABLE))
@@ -109,7 +114,8 @@ def test_only_the_dihedral_knows_left_from_right():
 @pytest.mark.parametrize('damping', [0., 0.1])
 def test_a_straight_triple_stays_finite(damping):
     x = torch.tensor([[[0., 0, 0], [0.38, 0, 0], [0.76, 0, 0], [1., 0.2, 0.2]]])
-    e, f = cg.energy_and_forces(lambda x: cg.prior_energy(x, cg.chain_system(NAMES[:4], full_prior(damping=damping), TABLE)), x)
+    e, f = cg.energy_and_forces(lambda x: cg.prior_energy(x,
+        cg.chain_system(NAMES[:4], full_prior(damping=damping), TABLE)), x)
     assert torch.isfinite(e).all() and torch.isfinite(f).all()
 
 
@@ -125,7 +131,8 @@ def test_damping_changes_little_elsewhere():
 def mixed(network=True, dtype=torch.float64):
     chains = [NAMES[:5], NAMES, NAMES[2:9], NAMES[:2], NAMES[:1]]
     torch.manual_seed(1)
-    p = Potential(replace(full_prior(), bonds=full_prior().bonds, dihedrals={'*': ((1., 0.5), (0.4, 2.))}, angles={'*': (20., 2.)}), TABLE, SchNet(22, 32) if network else None).to(dtype)
+    p = Potential(replace(full_prior(), bonds=full_prior().bonds, dihedrals={'*': ((1., 0.5), (0.4, 2.))},
+                          angles={'*': (20., 2.)}), TABLE, SchNet(22, 32) if network else None).to(dtype)
     xs = [walk(len(c), seed=k, dtype=dtype) for k, c in enumerate(chains)]
     return p, chains, xs, torch.cat([pad(x, (0, 0, 0, 10 - x.shape[1])) for x in xs])
 
@@ -164,7 +171,8 @@ def test_symmetries_of_the_network(n, spread):
     torch.testing.assert_close(e2, e, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(f2, f @ turn, rtol=1e-7, atol=1e-8)
     size = float(f.abs().max())
-    assert float(f.sum(1).abs().max()) < 1e-10*max(1, size)*n and float(torch.linalg.cross(x, f).sum(1).abs().max()) < 1e-10*max(1, size)*n
+    assert float(f.sum(1).abs().max()) < 1e-10*max(1, size)*n and float(torch.linalg.cross(x,
+        f).sum(1).abs().max()) < 1e-10*max(1, size)*n
     for k, c in ((3, 0), (n - 1, 2)):
         h = torch.zeros_like(x)
         h[:, k, c] = 1e-6
@@ -183,7 +191,8 @@ def test_pairs_are_those_of_a_double_loop(n, seed):
     g = torch.Generator().manual_seed(seed)
     x, mask = torch.randn(2, n, 3, generator=g)*0.6, torch.rand(2, n, generator=g) > 0.2
     i, j = cg.pairs_within(x, mask, 0.3, 1.2)
-    want = {(b*n + p, b*n + q) for b in range(2) for p in range(n) for q in range(p + 1, n) if mask[b, p] and mask[b, q] and 0.3 < float((x[b, p] - x[b, q]).norm()) < 1.2}
+    want = {(b*n + p, b*n + q) for b in range(2) for p in range(n)
+            for q in range(p + 1, n) if mask[b, p] and mask[b, q] and 0.3 < float((x[b, p] - x[b, q]).norm()) < 1.2}
     assert set(zip(i.tolist(), j.tolist())) == want
 
 
@@ -225,14 +234,16 @@ def spring_data(n=6000, seed=0, noise=1.):
         g = -200*(r - r0)*d/r
         force[:, i] += g
         force[:, j] -= g
-    return ForceData(('GLY', 'ALA', 'TRP'), x.astype(np.float32), (force + rng.normal(0, noise, x.shape)).astype(np.float32)), force
+    return ForceData(('GLY', 'ALA', 'TRP'), x.astype(np.float32),
+                     (force + rng.normal(0, noise, x.shape)).astype(np.float32)), force
 
 
 def test_a_known_mean_force_is_recovered():
     d, mean = spring_data(3500, noise=3.)
     torch.manual_seed(0)
     p = Potential(None, cg.table_of(d.names), SchNet(3, 16))
-    cg.match(p, [d[:2500]], [d[2500:3000]], MatchOptions(max_epochs=8, learning_rate=1e-2, batch_size=64, average=0.98), progress=False)
+    cg.match(p, [d[:2500]], [d[2500:3000]], MatchOptions(max_epochs=8, learning_rate=1e-2, batch_size=64, average=0.98),
+             progress=False)
     f, (test, known) = cg.model_forces(p, d[3000:]), (d[3000:], mean[3000:])
     parts = cg.split_loss(f, known, test.forces)
     assert 1 - parts.error/(known**2).mean() > 0.9
@@ -254,25 +265,30 @@ def test_training_that_was_killed_ends_with_the_same_weights(tmp_path, monkeypat
         end(m)
         if m.current_epoch == 2: raise RuntimeError('killed')
     monkeypatch.setattr(cg, '_end_of_epoch', dies)
-    with pytest.raises(RuntimeError, match='killed'): cg.match(fresh(), [d[:500]], [d[500:]], o, tmp_path/'b', progress=False)
+    with pytest.raises(RuntimeError, match='killed'):
+        cg.match(fresh(), [d[:500]], [d[500:]], o, tmp_path/'b', progress=False)
     monkeypatch.setattr(cg, '_end_of_epoch', end)
     again = cg.match(fresh(), [d[:500]], [d[500:]], o, tmp_path/'b', progress=False)
-    assert [h['loss'] for h in again.history] == [h['loss'] for h in whole.history] and [h['rate'] for h in again.history] == [h['rate'] for h in whole.history]
+    assert [h['loss'] for h in again.history] == [h['loss'] for h in whole.history] and [h['rate']
+        for h in again.history] == [h['rate'] for h in whole.history]
     for a, b in zip(again.network.parameters(), whole.network.parameters()): assert torch.equal(a, b)
-    with pytest.raises(ValueError, match='another network or other data'): cg.match(fresh(), [d[:400]], [d[500:]], o, tmp_path/'b', progress=False)
+    with pytest.raises(ValueError, match='another network or other data'):
+        cg.match(fresh(), [d[:400]], [d[500:]], o, tmp_path/'b', progress=False)
 
 
 def test_best_weights_are_kept():
     d, _ = spring_data(600)
     torch.manual_seed(0)
-    p = cg.match(Potential(None, cg.table_of(d.names), SchNet(3, 8)), [d[:500]], [d[500:]], MatchOptions(max_epochs=6, learning_rate=0.05, batch_size=100, average=0.), progress=False)
+    p = cg.match(Potential(None, cg.table_of(d.names), SchNet(3, 8)), [d[:500]], [d[500:]],
+                 MatchOptions(max_epochs=6, learning_rate=0.05, batch_size=100, average=0.), progress=False)
     loss = float(((cg.model_forces(p, d[500:]) - d[500:].forces)**2).mean())
     assert loss == pytest.approx(min(h['loss'] for h in p.history), rel=1e-5)
 
 
 def test_one_network_for_two_chains():
     d, _ = spring_data(300)
-    longer = ForceData(('ALA', 'GLY', 'TRP', 'ALA'), zigzag(4, 200, dtype=torch.float32).numpy(), np.random.default_rng(0).normal(0, 5, (200, 4, 3)).astype(np.float32))
+    longer = ForceData(('ALA', 'GLY', 'TRP', 'ALA'), zigzag(4, 200, dtype=torch.float32).numpy(),
+                       np.random.default_rng(0).normal(0, 5, (200, 4, 3)).astype(np.float32))
     torch.manual_seed(0)
     p = Potential(Prior({'*': (10., 0.4)}), cg.table_of(d.names, longer.names), SchNet(3, 8))
     s = cg.stack(p, [d, longer])
@@ -293,14 +309,17 @@ def chain_frames(n=400, seed=0):
 
 
 @pytest.mark.parametrize('field, value, message', [
-    ('xyz', np.nan, r'frame 7, bead 2 \(PRO\) has a position that is not a number'), ('xyz', 5., r'frame 7, bead 2 \(PRO\) is .* nm from the bead before it, more than 0.6 nm'),
-    ('forces', np.nan, r'frame 7, bead 2 \(PRO\) has a force that is not a number'), ('forces', -1e7, r'frame 7, bead 2 \(PRO\) has a force of 1e\+07')])
+    ('xyz', np.nan, r'frame 7, bead 2 \(PRO\) has a position that is not a number'),
+    ('xyz', 5., r'frame 7, bead 2 \(PRO\) is .* nm from the bead before it, more than 0.6 nm'),
+    ('forces', np.nan, r'frame 7, bead 2 \(PRO\) has a force that is not a number'),
+    ('forces', -1e7, r'frame 7, bead 2 \(PRO\) has a force of 1e\+07')])
 def test_bad_frames_are_named(field, value, message):
     d, prior = chain_frames()
     a = getattr(d, field).copy()
     a[7, 2, 1] = value
     with pytest.raises(ValueError, match=message): cg.check_frames(replace(d, **{field: a}), prior, largest=1e6)
-    with pytest.raises(ValueError): cg.match(Potential(prior, TABLE, SchNet(22, 8)), [replace(d, **{field: a})], [d], progress=False)
+    with pytest.raises(ValueError):
+        cg.match(Potential(prior, TABLE, SchNet(22, 8)), [replace(d, **{field: a})], [d], progress=False)
 
 
 @pytest.mark.parametrize('unit', [u for u in cg.UNITS if u != 'hartree/bohr'])
@@ -309,7 +328,8 @@ def test_a_wrong_unit_is_found(unit):
     noise = np.random.default_rng(0).normal(0, np.std(d.forces), d.forces.shape)
     good = replace(d, forces=(d.forces + noise).astype(np.float32))
     assert cg.check_frames(good, prior, largest=1e7) is good
-    with pytest.raises(ValueError, match=f'seem to be in {unit}'): cg.check_frames(replace(d, forces=good.forces/cg.UNITS[unit]), prior, largest=1e7)
+    with pytest.raises(ValueError, match=f'seem to be in {unit}'):
+        cg.check_frames(replace(d, forces=good.forces/cg.UNITS[unit]), prior, largest=1e7)
 
 
 def test_wrong_input_is_said():
@@ -323,7 +343,8 @@ def test_wrong_input_is_said():
 
 def test_tables():
     a, b = (cg.TABLES[k] for k in ('protein-thermodynamics', 'torchmd-cg'))
-    assert {k for k in a if a[k] != b[k]} == {'ARG', 'LYS', 'LEU', 'ILE'} and 18 not in a.values() and a['NLE'] == b['NLE'] == 17
+    assert {k for k in a if a[k] != b[k]} == {'ARG', 'LYS', 'LEU',
+                                              'ILE'} and 18 not in a.values() and a['NLE'] == b['NLE'] == 17
     assert len({int(cg.bead_types([n], a)[0]) for n in ('HIS', 'HSD', 'HSE', 'HIE')}) == 1
 
 
@@ -359,7 +380,8 @@ lj:
 def test_the_published_layout(tmp_path):
     (path := tmp_path/'prior.yaml').write_text(YAML)
     p = cg.read_prior(path)
-    assert p.bonds['ALA', 'CYS'] == pytest.approx((65.4*418.4, 0.3831)) and p.bonds['CYS', 'ALA'] == pytest.approx((94.0*418.4, 0.3827))
+    assert p.bonds['ALA', 'CYS'] == pytest.approx((65.4*418.4, 0.3831)) and p.bonds['CYS',
+        'ALA'] == pytest.approx((94.0*418.4, 0.3827))
     x = torch.tensor([[[0., 0, 0], [0.39, 0, 0], [0.5, 0.37, 0]]])
     terms = cg.prior_terms(x, cg.chain_system(['ALA', 'CYS', 'ALA'], p, TABLE)) # by hand, in kcal/mol and angstrom
     r = [3.9, math.hypot(1.1, 3.7), math.hypot(5, 3.7)]
@@ -367,9 +389,11 @@ def test_the_published_layout(tmp_path):
     assert float(terms['repulsion']) == pytest.approx(4.184*4*2296/r[2]**6, rel=1e-4)
     cg.write_prior(p, tmp_path/'again.yaml')
     q = cg.read_prior(tmp_path/'again.yaml')
-    for a, b in ((p.bonds, q.bonds), (p.dihedrals, q.dihedrals)): np.testing.assert_allclose(list(a.values()), list(b.values()))
+    for a, b in ((p.bonds, q.bonds), (p.dihedrals, q.dihedrals)):
+        np.testing.assert_allclose(list(a.values()), list(b.values()))
     assert list(q.repulsion) == ['ALA', 'CYS']
-    for bad, message in (('[1]', 'no sections bonds and lj'), (YAML.replace('req: 3.831', 'r: 1'), "'req' is missing"), (YAML.replace('CAC, CAA', 'CAX, CAA'), "'CAX' is missing or unknown")):
+    for bad, message in (('[1]', 'no sections bonds and lj'), (YAML.replace('req: 3.831', 'r: 1'), "'req' is missing"),
+                         (YAML.replace('CAC, CAA', 'CAX, CAA'), "'CAX' is missing or unknown")):
         path.write_text(bad)
         with pytest.raises(ValueError, match=message): cg.read_prior(path)
     with pytest.raises(ValueError, match='no angles'): cg.write_prior(replace(p, angles={'*': (1., 2.)}), path)
@@ -408,13 +432,16 @@ def test_selections():
 def test_pairs_without_data_take_the_pooled_bond():
     "A mutation makes pairs that no frame holds."
     rng = np.random.default_rng(0)
-    x = np.cumsum(normalize(torch.randn(3000, 4, 3, generator=torch.Generator().manual_seed(0)), dim=-1).numpy()*rng.normal(0.382, 0.005, (3000, 4, 1)), 1).astype(np.float32)
+    x = np.cumsum(normalize(torch.randn(3000, 4, 3, generator=torch.Generator().manual_seed(0)),
+                            dim=-1).numpy()*rng.normal(0.382, 0.005, (3000, 4, 1)), 1).astype(np.float32)
     prior, fits = cg.fit_prior([ForceData(('ALA', 'GLY', 'SER', 'ALA'), x, 0*x)], 350., dict(bonds={}))
-    assert set(prior.bonds) == {'*', ('ALA', 'GLY'), ('GLY', 'SER'), ('SER', 'ALA')} and {f.term for f in fits} == {'bonds'}
+    assert set(prior.bonds) == {'*', ('ALA', 'GLY'), ('GLY', 'SER'),
+                                ('SER', 'ALA')} and {f.term for f in fits} == {'bonds'}
     s = cg.chain_system(['ALA', 'TRP', 'SER', 'ALA'], prior, TABLE)
     assert tuple(s.bonds[0, 0].tolist()) == pytest.approx(prior.bonds['*'], rel=1e-5)
     assert tuple(s.bonds[0, 2].tolist()) == pytest.approx(prior.bonds['SER', 'ALA'], rel=1e-5)
-    assert prior.bonds['*'][1] == pytest.approx(0.382, abs=2e-3) and prior.bonds['*'][0] == pytest.approx(KT/(2*0.005**2), rel=0.1)
+    assert prior.bonds['*'][1] == pytest.approx(0.382,
+        abs=2e-3) and prior.bonds['*'][0] == pytest.approx(KT/(2*0.005**2), rel=0.1)
 
 
 @pytest.mark.parametrize('weight', [0., 1., None])
@@ -433,7 +460,8 @@ def test_the_mirror_costs_what_the_paper_says():
     s = cg.chain_system(['ALA']*4, Prior({'*': (1., 0.38)}, dihedrals={'*': waves}), TABLE).to(torch.float64)
 
     def torsion(phi): # four beads with this dihedral, all angles 91 degrees
-        x = torch.tensor([[[0.38, 0, -0.0066], [0, 0, 0], [0, 0, 0.38], [0.38*math.cos(phi), 0.38*math.sin(phi), 0.3866]]], dtype=torch.float64)
+        x = torch.tensor([[[0.38, 0, -0.0066], [0, 0, 0], [0, 0, 0.38],
+                           [0.38*math.cos(phi), 0.38*math.sin(phi), 0.3866]]], dtype=torch.float64)
         return float(cg.prior_terms(x, s)['dihedrals'])/4.184
     hand = lambda phi: sum(k/4.184*(1 + math.cos(n*phi - p)) for n, (k, p) in enumerate(waves, 1))
     for phi in (0.9, -2.4): assert torsion(phi) == pytest.approx(hand(phi), rel=1e-4)
@@ -444,7 +472,8 @@ def test_the_bad_chain_is_named():
     d, prior = chain_frames()
     bad = replace(d, forces=d.forces.copy())
     bad.forces[3, 1, 0] = np.nan
-    with pytest.raises(ValueError, match=r'chain 1 of 2: frame 3, bead 1 \(ASP\)'): cg.stack(Potential(prior, TABLE, SchNet(22, 8)), [d, bad])
+    with pytest.raises(ValueError, match=r'chain 1 of 2: frame 3, bead 1 \(ASP\)'):
+        cg.stack(Potential(prior, TABLE, SchNet(22, 8)), [d, bad])
 
 
 DDP = """
@@ -466,7 +495,9 @@ def test_two_processes_train_as_one(tmp_path):
     import subprocess
     import sys
     (script := tmp_path/'two.py').write_text(DDP)
-    for n in '12': subprocess.run([sys.executable, script, str(Path(__file__).parent), n, tmp_path/n], check=True, timeout=300, cwd=tmp_path)
+    for n in '12':
+        subprocess.run([sys.executable, script, str(Path(__file__).parent), n, tmp_path/n], check=True, timeout=300,
+                       cwd=tmp_path)
     losses = [json.loads((tmp_path/n).read_text()) for n in '12']
     np.testing.assert_allclose(*losses, rtol=1e-5)
 

@@ -28,7 +28,8 @@ QUIET = dict(progress=False)
 
 
 def chain(n=10, damping=0.1, network=None, seed=0): # a potential, names, a start
-    return cg.Potential(full_prior(NAMES, seed, damping), TABLE, network, 350.), tuple(NAMES[:n]), zigzag(n, dtype=torch.float32)[0]
+    return cg.Potential(full_prior(NAMES, seed, damping), TABLE, network, 350.), tuple(NAMES[:n]), zigzag(n,
+        dtype=torch.float32)[0]
 
 
 def small_network(scale=20., seed=0):
@@ -39,7 +40,9 @@ def small_network(scale=20., seed=0):
 
 
 class Spring(torch.nn.Module):
-    def __init__(self, k): super().__init__(); self.k = k
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
     def forward(self, types, x, mask): return self.k*((x[:, 0] - x[:, 1]).norm(dim=-1) - 0.38)**2
 
 
@@ -51,7 +54,8 @@ def test_langevin_reproduces_the_exact_dimer(inner, time_step):
     r = np.linspace(0.1, 0.7, 4000)
     w = r**2*np.exp(-k*(r - 0.38)**2/KT)
     w /= w.sum()
-    s = Langevin(p, [GLY]*800, torch.tensor([[0., 0, 0], [0.38, 0, 0]]).repeat(800, 1, 1), RunOptions(time_step=time_step, inner=inner, friction=8.))
+    s = Langevin(p, [GLY]*800, torch.tensor([[0., 0, 0], [0.38, 0, 0]]).repeat(800, 1, 1),
+                 RunOptions(time_step=time_step, inner=inner, friction=8.))
     n = 4*round(0.2/time_step/4)
     s.advance(3*n)
     found = []
@@ -92,7 +96,8 @@ def test_energy_drift_is_of_second_order_in_the_time_step():
 def test_noise_belongs_to_the_replica_and_the_step():
     a, b = Noise(1, [5, 9, 5], torch.float32), Noise(1, [5, 9], torch.float32)
     for step in (0, 63, 64, 1000): assert torch.equal(a(step)[:2], b(step))
-    assert not torch.equal(a(3)[0], a(3)[2]) and not torch.equal(a(3), a(4)) and not torch.equal(a(0), Noise(2, [5, 9, 5], torch.float32)(0))
+    assert not torch.equal(a(3)[0], a(3)[2]) and not torch.equal(a(3), a(4)) and not torch.equal(a(0),
+        Noise(2, [5, 9, 5], torch.float32)(0))
     assert a(3)[0, 5:].abs().max() == 0
     x = torch.stack([a(k)[1, 0] for k in range(4000)])
     assert abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.03
@@ -109,7 +114,8 @@ def test_batch_is_single_and_mixed_proteins_are_independent():
         alone = run_beads(p, others, [x[:n]]*(k + 1), o, **QUIET)
         np.testing.assert_allclose(mixed.xyz[k], alone.xyz[k], atol=1e-6)
     shorter = run_beads(p, [names[:4]], [x[:4]], o, **QUIET)
-    np.testing.assert_allclose(shorter.xyz[0], run_beads(p, [names[:4], names], [x[:4], x], o, **QUIET).xyz[0], atol=1e-6)
+    np.testing.assert_allclose(shorter.xyz[0], run_beads(p, [names[:4], names], [x[:4], x], o, **QUIET).xyz[0],
+                               atol=1e-6)
 
 
 def test_seed_decides():
@@ -139,7 +145,9 @@ def test_damped_start_parts_overlapping_beads():
 # --- what goes wrong is named ------------------------------------------------------------------------------------
 class Bomb(torch.nn.Module):
     "Throws one bead of the short chain away; its force is nothing for the others."
-    def __init__(self, force): super().__init__(); self.force = force
+    def __init__(self, force):
+        super().__init__()
+        self.force = force
     def forward(self, types, x, mask):
         short = (mask.expand(x.shape[:2]).sum(1) == 5).nonzero()[:, 0]
         return torch.zeros(len(x), dtype=x.dtype).index_add(0, short, -self.force*x[short, 3, 0])
@@ -162,11 +170,14 @@ def test_blow_up_names_replica_frame_and_bead_and_spares_the_others(force, word,
 
 def test_all_replicas_lost_is_an_end_not_a_loop():
     p, names, x = chain(5, network=Bomb(1e6))
-    with pytest.warns(UserWarning): run = run_beads(p, names, [x, x], RunOptions(n_steps=400, every=20, relax=0), **QUIET)
+    with pytest.warns(UserWarning):
+        run = run_beads(p, names, [x, x], RunOptions(n_steps=400, every=20, relax=0), **QUIET)
     assert len(run.blown) == 2 and all(len(q) == b.frame for q, b in zip(run.xyz, run.blown))
 
 
-@pytest.mark.parametrize('change, words', [(dict(time_step=0), 'time_step=0'), (dict(every=30, n_steps=100), 'no multiple'), (dict(inner=3), 'inner=3'), (dict(exchange=1), 'tuple of temperatures'),
+@pytest.mark.parametrize('change, words', [(dict(time_step=0), 'time_step=0'),
+                                           (dict(every=30, n_steps=100), 'no multiple'), (dict(inner=3), 'inner=3'),
+                                           (dict(exchange=1), 'tuple of temperatures'),
                                            (dict(temperature=-1.), 'negative'), (dict(n_steps=0), 'n_steps=0')])
 def test_impossible_options_are_refused(change, words):
     with pytest.raises(ValueError, match=words): RunOptions(**change)
@@ -179,7 +190,8 @@ def test_wrong_starts_are_named():
     x[3, 0] = math.nan
     with pytest.raises(ValueError, match='start 0, bead 3'): run_beads(p, names, [x], **QUIET)
     with pytest.raises(ValueError, match='HOH'): run_beads(p, ['HOH'], [x[:1]], **QUIET)
-    with pytest.raises(ValueError, match='ladders of 2'): run_beads(p, names, [zigzag(10)[0]]*3, RunOptions(temperature=(300., 400.), exchange=1), **QUIET)
+    with pytest.raises(ValueError, match='ladders of 2'):
+        run_beads(p, names, [zigzag(10)[0]]*3, RunOptions(temperature=(300., 400.), exchange=1), **QUIET)
 
 
 # --- files, kills, longer runs -----------------------------------------------------------------------------------
@@ -195,10 +207,12 @@ def test_files_hold_the_run(tmp_path):
         np.testing.assert_allclose(t.xyz, memory.xyz[k], atol=6e-4)
         np.testing.assert_allclose(t.time, 0.02*np.arange(1, 11), atol=1e-5)
     assert Run.load(tmp_path).options == o and Run.load(tmp_path).names == disk.names
-    assert {f.name for f in tmp_path.iterdir()} == {'replica-000.xtc', 'replica-001.xtc', 'run.json', 'checkpoint.safetensors'}
+    assert {f.name for f in tmp_path.iterdir()} == {'replica-000.xtc', 'replica-001.xtc', 'run.json',
+                                                    'checkpoint.safetensors'}
 
 
-@pytest.mark.parametrize('device_options', [dict(), dict(temperature=(350., 420.), exchange=2), dict(inner=2)], ids=['plain', 'exchange', 'two time steps'])
+@pytest.mark.parametrize('device_options', [dict(), dict(temperature=(350., 420.), exchange=2), dict(inner=2)],
+                         ids=['plain', 'exchange', 'two time steps'])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, device_options):
     p, names, x = chain(network=small_network())
     o = RunOptions(n_steps=240, every=20, segment=4, **device_options)
@@ -247,14 +261,16 @@ def test_another_run_is_not_continued(tmp_path):
     o = RunOptions(n_steps=40, every=20)
     run_beads(p, names, [x], o, tmp_path, **QUIET)
     for q, s, options in ((p, x + 0.1, o), (cg.Potential(full_prior(seed=1), TABLE), x, o), (p, x, replace(o, seed=1))):
-        with pytest.raises(ValueError, match='another potential, start or options'): run_beads(q, names, [s], options, tmp_path, **QUIET)
+        with pytest.raises(ValueError, match='another potential, start or options'):
+            run_beads(q, names, [s], options, tmp_path, **QUIET)
 
 
 # --- exchange ----------------------------------------------------------------------------------------------------
 def test_exchange_keeps_each_temperature():
     p = cg.Potential(cg.Prior({'*': (900., 0.38)}), dict(GLY=1))
     T = (300., 400., 520.)
-    run = run_beads(p, GLY, [np.array([[0, 0, 0], [0.38, 0, 0]])]*300, RunOptions(temperature=T, exchange=1, n_steps=2000, every=25, time_step=0.008, friction=5.), **QUIET)
+    run = run_beads(p, GLY, [np.array([[0, 0, 0], [0.38, 0, 0]])]*300,
+        RunOptions(temperature=T, exchange=1, n_steps=2000, every=25, time_step=0.008, friction=5.), **QUIET)
     assert 0.3 < run.exchanges[0]/run.exchanges[1] < 1
     for k, t in enumerate(T):
         sd = np.concatenate([np.linalg.norm(x[20:, 0] - x[20:, 1], axis=-1) for x in run.xyz[k::3]]).std()
@@ -266,7 +282,8 @@ def test_exchange_keeps_each_temperature():
 def test_openmm_agrees_in_energy_and_forces(damping):
     p, names, _ = chain(damping=damping, network=small_network())
     s = p.system(names)
-    context = mm.Context(cgsim.openmm_system(p, names), mm.VerletIntegrator(0.001), mm.Platform.getPlatformByName('Reference'))
+    context = mm.Context(cgsim.openmm_system(p, names), mm.VerletIntegrator(0.001),
+                         mm.Platform.getPlatformByName('Reference'))
     for x in zigzag(10, 4, noise=0.02, dtype=torch.float32):
         context.setPositions(x.double().numpy())
         state = context.getState(getEnergy=True, getForces=True)
@@ -282,13 +299,15 @@ def test_openmm_agrees_in_distribution():
     ours = run_beads(p, names, x.repeat(60, 1, 1), o, **QUIET)
     theirs = cgsim.openmm_run(p, names, x.numpy(), replace(o, n_steps=4000), **QUIET)
     ends = lambda x: np.linalg.norm(x[:, 0] - x[:, 3], axis=-1)
-    a, b = np.array([ends(x[10:]).mean() for x in ours.xyz]), np.array([ends(q).mean() for q in np.array_split(theirs[25:], 11)])
+    a, b = np.array([ends(x[10:]).mean() for x in ours.xyz]), np.array([ends(q).mean()
+                                                                        for q in np.array_split(theirs[25:], 11)])
     assert abs(a.mean() - b.mean()) < 4*math.hypot(a.std()/60**0.5, b.std()/11**0.5) < 0.15
 
 
 def test_openmm_failure_is_said():
     p, names, x = chain()
-    with pytest.raises(ValueError, match='shorter time step'): cgsim.openmm_run(p, names, x.numpy(), RunOptions(time_step=0.2, n_steps=2000, every=100), **QUIET)
+    with pytest.raises(ValueError, match='shorter time step'):
+        cgsim.openmm_run(p, names, x.numpy(), RunOptions(time_step=0.2, n_steps=2000, every=100), **QUIET)
 
 
 # --- comparison --------------------------------------------------------------------------------------------------
@@ -306,7 +325,8 @@ def test_divergence_is_in_nats_and_bounded():
 
 @pytest.fixture(scope='module')
 def hairpin(): # two states of ten beads, visited in turns; and a biased copy
-    rng, native, other = np.random.default_rng(0), zigzag(10, dtype=torch.float32)[0].numpy(), zigzag(10, dtype=torch.float32)[0].numpy()*[1, 1, 1]
+    rng, native, other = np.random.default_rng(0), zigzag(10, dtype=torch.float32)[0].numpy(), zigzag(10,
+        dtype=torch.float32)[0].numpy()*[1, 1, 1]
     other[5:, 1] += 0.8
     def walk(n, stay=(0.98, 0.96)):
         s = np.zeros(n, int)
@@ -386,7 +406,8 @@ def test_published_arrays_become_training_data(monkeypatch, tmp_path):
     rng, n = np.random.default_rng(0), 10
     x, f = rng.normal(size=(2, 8, n, 3)).astype(np.float32)
     types = cg.bead_types('TYR TYR ASP PRO GLU THR GLY THR TRP TYR'.split(), TABLE)
-    for kind, a in dict(coords=x/0.1, forces=f/41.84, deltaforces=f/83.68, embeddings=types).items(): np.save(tmp_path/f'chignolin_ca_{kind}.npy', a)
+    for kind, a in dict(coords=x/0.1, forces=f/41.84, deltaforces=f/83.68, embeddings=types).items():
+        np.save(tmp_path/f'chignolin_ca_{kind}.npy', a)
     monkeypatch.setattr(fs, 'fetch', lambda d, *a: replace(d, directory=tmp_path))
     d, = cgsim.training_data('chignolin', every=3)
     assert d.names[:3] == ('TYR', 'TYR', 'ASP')

@@ -46,7 +46,11 @@ def one_line_error(done, *words):
 
 
 # --- help, version, start ----------------------------------------------------------------------------------------
-COMMANDS = [[], ['run'], ['zq'], ['simulate'], *(['simulate', c] for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')), ['shoot'], ['features'], ['propagate'], *(['propagate', c] for c in ('train', 'run', 'evaluate')), ['cg'], *(['cg', c] for c in ('prior', 'train', 'simulate', 'compare')), ['data'], ['data', 'list'], ['data', 'info'], ['data', 'fetch']]
+COMMANDS = [[], ['run'], ['zq'], ['simulate'],
+            *(['simulate', c] for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')), ['shoot'],
+            ['features'], ['propagate'], *(['propagate', c] for c in ('train', 'run', 'evaluate')), ['cg'],
+            *(['cg', c] for c in ('prior', 'train', 'simulate', 'compare')), ['data'], ['data', 'list'],
+            ['data', 'info'], ['data', 'fetch']]
 
 
 @pytest.mark.parametrize('command', COMMANDS, ids=' '.join)
@@ -61,9 +65,12 @@ def test_commands_are_those_of_the_book():
     from foldbook import cli
     from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, forecast, read_series, run, shoot, simulate_app, zq
     assert {c.callback for c in app.registered_commands} == {zq, run, shoot, features, forecast}
-    assert {c.name: c.callback for c in simulate_app.registered_commands} == {c: getattr(cli, f'simulate_{c}') for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')}
-    assert {c.name: c.callback for c in cli.propagate_app.registered_commands} == {c: getattr(cli, f'propagate_{c}') for c in ('train', 'run', 'evaluate')}
-    assert {c.name: c.callback for c in cli.cg_app.registered_commands} == {c: getattr(cli, f'cg_{c}') for c in ('prior', 'train', 'simulate', 'compare')}
+    assert {c.name: c.callback for c in simulate_app.registered_commands} == {c: getattr(cli, f'simulate_{c}')
+        for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')}
+    assert {c.name: c.callback for c in cli.propagate_app.registered_commands} == {c: getattr(cli, f'propagate_{c}')
+        for c in ('train', 'run', 'evaluate')}
+    assert {c.name: c.callback for c in cli.cg_app.registered_commands} == {c: getattr(cli, f'cg_{c}')
+        for c in ('prior', 'train', 'simulate', 'compare')}
     assert {c.callback for c in data_app.registered_commands} == {data_list, data_info, data_fetch}
     with pytest.raises(FileNotFoundError, match='nothing.npy'): read_series('nothing.npy')
 
@@ -82,7 +89,8 @@ def test_help_starts_quickly_and_without_heavy_imports():
 
 def test_zq_does_not_load_torch(series):
     code = 'import sys; from foldbook.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit as e: print(e.code, "torch" in sys.modules)'
-    done = subprocess.run([sys.executable, '-c', code, 'zq', 'q0.npy', '--states', 'f0.npy'], cwd=series, env=ENV, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', code, 'zq', 'q0.npy', '--states', 'f0.npy'], cwd=series, env=ENV,
+                          capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == '0 False'
 
 
@@ -113,7 +121,8 @@ def series(tmp_path_factory):
     (home/'empty.txt').write_text('')
     p = system.sample(60_000, 1, seed=5)[0]
     x, s = system.coordinates[p, 0], system.states[p]
-    (home/'colvar').write_text('#! FIELDS time q\n' + ''.join(f'{0.2*t:.1f} {v:.6f}\n' for t, v in enumerate(system.committor[p])))
+    (home/'colvar').write_text('#! FIELDS time q\n' + ''.join(f'{0.2*t:.1f} {v:.6f}\n'
+                                                              for t, v in enumerate(system.committor[p])))
     np.savetxt(home/'colvar_flags.txt', s)
     np.save(home/'raw.npy', 10 - 3*x)  # in a unit of its own, and falling from A to B
     return home
@@ -131,7 +140,8 @@ def test_zq_verdict_and_exit_code(line, code, words, series, inside):
     assert done.returncode == code, done.stdout + done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith(words) and 'T_max' in last
-    assert re.search(r'\d+ frames +\d+ transitions A to B +T_max \d+\.\d\d \+- \d+\.\d\d +T_sd \d+\.\d\d .* verdict: \w+', done.stdout)
+    assert re.search(r'\d+ frames +\d+ transitions A to B +T_max \d+\.\d\d \+- \d+\.\d\d +T_sd \d+\.\d\d .* verdict: '
+                     r'\w+', done.stdout)
 
 
 @pytest.mark.parametrize('line, words', [
@@ -164,7 +174,8 @@ def test_zq_without_any_transition_does_not_pass(series, inside):
 
 
 def test_zq_writes_json_and_figure(series, inside):
-    assert inside('zq', 'q0.npy', '--states', 'f0.npy', '--json', 'z.json', '--figure', 'z.png', cwd=series).returncode == 0
+    assert inside('zq', 'q0.npy', '--states', 'f0.npy', '--json', 'z.json', '--figure', 'z.png',
+                  cwd=series).returncode == 0
     assert 't_max' in json.dumps(json.loads((series/'z.json').read_text()))
     assert (series/'z.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
@@ -185,10 +196,13 @@ def test_zq_makes_flags_from_conditions_in_any_unit(series, inside):
 
 
 def test_zq_report_is_one_page_that_explains(series, inside):
-    assert inside('zq', 'x0.npy', '--states', 'f0.npy', '--report', 'z.html', '--bootstrap', '0', cwd=series).returncode == 1
+    assert inside('zq', 'x0.npy', '--states', 'f0.npy', '--report', 'z.html', '--bootstrap', '0',
+                  cwd=series).returncode == 1
     page = (series/'z.html').read_text()
     HTMLParser().feed(page)
-    for words in ('How to read this', 'fair game', 'data:image/png;base64,', 'x0.npy', 'missing slow variable', '<table>'): assert words in page
+    for words in ('How to read this', 'fair game', 'data:image/png;base64,', 'x0.npy', 'missing slow variable',
+                  '<table>'):
+        assert words in page
     assert 'http' not in page
 
 
@@ -196,14 +210,17 @@ def test_zq_of_short_stopped_trajectories(tmp_path, inside):
     system = lshape2d()
     start = (system.states < 0)/(system.states < 0).sum()
     for i, p in enumerate(system.sample(33, 300, 3, 'absorbed', start=start)):
-        np.save(tmp_path/f'q{i:03d}.npy', system.committor[p]); np.save(tmp_path/f'f{i:03d}.npy', system.states[p])
+        np.save(tmp_path/f'q{i:03d}.npy', system.committor[p])
+        np.save(tmp_path/f'f{i:03d}.npy', system.states[p])
     done = inside('zq', 'q*.npy', '--states', 'f*.npy', '--lengths', '33', cwd=tmp_path)
     assert done.returncode == 0 and 'T_ne' in done.stdout and 'warning' not in done.stderr, done.stdout + done.stderr
-    assert 'warning: trajectories end whenever they arrive' in inside('zq', 'q*.npy', '--states', 'f*.npy', cwd=tmp_path).stderr
+    assert 'warning: trajectories end whenever they arrive' in inside('zq', 'q*.npy', '--states', 'f*.npy',
+                                                                      cwd=tmp_path).stderr
 
 
 def test_debug_shows_the_traceback(series):
-    for line in (['zq', 'missing.npy', '--states', 'f0.npy', '--debug'], ['--debug', 'zq', 'missing.npy', '--states', 'f0.npy']):
+    for line in (['zq', 'missing.npy', '--states', 'f0.npy', '--debug'],
+                 ['--debug', 'zq', 'missing.npy', '--states', 'f0.npy']):
         assert 'Traceback' in foldbook(*line, cwd=series).stderr
 
 
@@ -240,7 +257,8 @@ def protein(tmp_path_factory):
     "Trajectories of a protein that the package knows nothing of."
     home = tmp_path_factory.mktemp('protein')
     hairpin(home/'hairpin.pdb')
-    done = foldbook('simulate', 'go', '--pdb', 'hairpin.pdb', '--out', 'hp', '--trajectories', 4, '--frames', 600, '--steps-per-frame', 60, '--burn-in', 20, '--workers', 1, cwd=home)
+    done = foldbook('simulate', 'go', '--pdb', 'hairpin.pdb', '--out', 'hp', '--trajectories', 4, '--frames', 600,
+                    '--steps-per-frame', 60, '--burn-in', 20, '--workers', 1, cwd=home)
     assert done.returncode == 0, done.stderr
     done = foldbook('shoot', 'hp', '--frames', 12, '--shots', 6, '--steps-per-frame', 60, '--workers', 1, cwd=home)
     assert done.returncode == 0, done.stderr
@@ -263,14 +281,17 @@ def board(run):
 
 def test_another_protein(unbroken, protein):
     whole = protein/'runs'/'whole'
-    for f in ('config.json', 'split.json', 'features.json', 'inputs.json', 'leaderboard.csv', 'leaderboard.json', 'report.html', 'figures/zq.png', 'models/lstm_martingale/student.safetensors'):
+    for f in ('config.json', 'split.json', 'features.json', 'inputs.json', 'leaderboard.csv', 'leaderboard.json',
+              'report.html', 'figures/zq.png', 'models/lstm_martingale/student.safetensors'):
         assert (whole/f).stat().st_size > 0, f
     rows = {r['coordinate']: r for r in board(whole)['rows']}
-    assert {'RMSD, diffusive', 'RMSD, isotonic', 'Q, diffusive', 'Q, isotonic', 'Rg, diffusive', 'TICA, isotonic', 'teacher', 'LSTM, martingale', 'MLP, teacher mse', 'Markov model'} <= set(rows)
+    assert {'RMSD, diffusive', 'RMSD, isotonic', 'Q, diffusive', 'Q, isotonic', 'Rg, diffusive', 'TICA, isotonic',
+            'teacher', 'LSTM, martingale', 'MLP, teacher mse', 'Markov model'} <= set(rows)
     assert [k for k, r in rows.items() if r['in_sample']] == ['teacher']
     assert all(r['rmse'] is not None and r['rmse_se'] > 0 for k, r in rows.items() if k != 'teacher'), 'shots are used'
     assert 'LSTM, martingale' in unbroken.stdout and 'Traceback' not in unbroken.stderr
-    for k in ('LSTM, martingale', 'Markov model', 'teacher, replayed'): assert rows[k]['seeds'] == 2 and len(set(rows[k]['log_loss_seeds'])) == 2, f'two seeds of {k} differ'
+    for k in ('LSTM, martingale', 'Markov model', 'teacher, replayed'):
+        assert rows[k]['seeds'] == 2 and len(set(rows[k]['log_loss_seeds'])) == 2, f'two seeds of {k} differ'
     assert rows['Q, isotonic']['seeds'] == 1 and ('of 2 seeds' in board(whole)['headline']) >= (rows[board(whole)['chosen']]['seeds'] == 2)
     split, r = json.loads((whole/'split.json').read_text()), np.load(whole/'r'/'lstm_martingale'/'003.npy')
     assert split['test'] == [3] and r.shape == (600,) and 0 <= r.min() <= r.max() <= 1
@@ -289,8 +310,10 @@ def test_bad_input_of_run(protein, unbroken, inside):
     one_line_error(run('--traj', 'no.xtc', '--top', 'hp/native.pdb'), 'no.xtc', 'no such file')
     one_line_error(run('--traj', 'hp/hairpin-0.xtc', '--top', 'no.pdb'), 'no.pdb')
     one_line_error(run('--traj', 'hp/hairpin-0.xtc'), '--top')
-    one_line_error(inside('run', '--data', 'hp', '--quick', *SMALL, '--seed', 1, '--out', 'runs/whole', cwd=protein), 'seed: 0 before, 1 now', '--overwrite')
-    for states in (['--folded', 'RMSD < 0.001'], ['--folded', 'Q > 2'], ['--folded', 'Nonsense > 2'], ['--folded', 'Q >'], ['--folded', 'Q > 0.1']):
+    one_line_error(inside('run', '--data', 'hp', '--quick', *SMALL, '--seed', 1, '--out', 'runs/whole', cwd=protein),
+                   'seed: 0 before, 1 now', '--overwrite')
+    for states in (['--folded', 'RMSD < 0.001'], ['--folded', 'Q > 2'], ['--folded', 'Nonsense > 2'],
+                   ['--folded', 'Q >'], ['--folded', 'Q > 0.1']):
         one_line_error(run('--data', 'hp', *states), states[1])
     one_line_error(run('--data', 'hp', '--students', 'oracle:martingale'), 'oracle')
     one_line_error(run('--data', 'hp', '--students', 'oracle'), 'oracle', 'architecture:loss')
@@ -305,14 +328,18 @@ def test_features(protein, inside):
     assert done.returncode == 0, done.stderr
     names = json.loads((protein/'feat'/'features.json').read_text())['names']
     assert {'Q', 'RMSD', 'Rg'} <= set(names) and np.load(protein/'feat'/'000.npy').shape == (600, len(names))
-    listed = inside('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + pseudo_dihedrals', cwd=protein).stdout
+    listed = inside('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + pseudo_dihedrals',
+                    cwd=protein).stdout
     assert 'cos theta' in listed
-    one_line_error(inside('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + phase', cwd=protein), 'phase', 'pseudo_dihedrals')
+    one_line_error(inside('features', '--traj', 'hp/hairpin-0.xtc', '--top', 'hp/native.pdb', '--set', 'Q + phase',
+                          cwd=protein), 'phase', 'pseudo_dihedrals')
 
 
 def kill_after(line, cwd, mark, delay):
-    "Start the command, wait for a line that begins with `mark`, wait `delay` seconds more, kill it without warning; True if it was still running."
-    p = subprocess.Popen([*START, *line], cwd=cwd, env=dict(ENV, PYTHONUNBUFFERED='1'), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    """Start the command, wait for a line that begins with `mark`, wait `delay` seconds more, kill it without
+    warning; True if it was still running."""
+    p = subprocess.Popen([*START, *line], cwd=cwd, env=dict(ENV, PYTHONUNBUFFERED='1'), stdout=subprocess.PIPE,
+                         stderr=subprocess.DEVNULL, text=True)
     for said in p.stdout:
         if said.startswith(mark): break
     threading.Thread(target=p.stdout.read, daemon=True).start()
@@ -325,9 +352,11 @@ def kill_after(line, cwd, mark, delay):
 
 
 def test_killed_five_times_it_ends_with_the_same_numbers(unbroken, protein):
-    rng, line, out = random.Random(4), ['run', '--data', 'hp', '--quick', *SMALL, '--out', 'runs/broken'], protein/'runs'/'broken'
+    rng, line, out = random.Random(4), ['run', '--data', 'hp', '--quick', *SMALL, '--out',
+                                        'runs/broken'], protein/'runs'/'broken'
     killed = [kill_after(line, protein, mark, rng.uniform(0, longest))
-              for mark, longest in (('features', 1), ('states', 2), ('one-dimensional', 2), ('training', 8), ('training', 8))]
+              for mark, longest in (('features', 1), ('states', 2), ('one-dimensional', 2), ('training', 8),
+                                    ('training', 8))]
     assert sum(killed) >= 4, 'the run is too short to be killed'
     assert not (out/'report.html').exists() or not killed[-1]
     done = foldbook(*line, cwd=protein)
@@ -360,7 +389,9 @@ def test_report_is_self_contained(unbroken, protein):
         kind, data = src.split(',', 1)
         assert kind == 'data:image/png;base64' and base64.b64decode(data, validate=True)[:8] == b'\x89PNG\r\n\x1a\n'
     text = ' '.join(page.words)
-    for w in ('PASS' if 'PASSES' in board(protein/'runs'/'whole')['headline'] else 'FAIL', 'LSTM, martingale', 'sha256', 'T_max', 'validation'): assert w in text
+    for w in ('PASS' if 'PASSES' in board(protein/'runs'/'whole')['headline'] else 'FAIL', 'LSTM, martingale', 'sha256',
+              'T_max', 'validation'):
+        assert w in text
     assert 'nan' not in re.findall(r'\bnan\b', text)
 
 
@@ -369,7 +400,10 @@ def test_report_opens_in_a_browser_without_a_missing_picture(unbroken, protein, 
     text = (protein/'runs'/'whole'/'report.html').read_text()
     script = '<script>window.onload=()=>{document.title="pictures "+[...document.images].map(i=>i.complete&&i.naturalWidth>300?1:0).join("")+" wide "+(document.documentElement.scrollWidth>innerWidth)}</script></body>'
     (tmp_path/'page.html').write_text(text.replace('</body>', script))
-    done = subprocess.run(['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync',
-                           f'--user-data-dir={tmp_path/"profile"}', '--window-size=1200,900', '--virtual-time-budget=10000', '--dump-dom', f'file://{tmp_path/"page.html"}'], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic',
+        '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+                           f'--user-data-dir={tmp_path/"profile"}', '--window-size=1200,900',
+                           '--virtual-time-budget=10000', '--dump-dom', f'file://{tmp_path/"page.html"}'],
+                           capture_output=True, text=True, timeout=120)
     title = re.search(r'<title>(.*?)</title>', done.stdout)[1]
     assert title == f'pictures {"1"*len(Page(text).images)} wide false'

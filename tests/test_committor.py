@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from foldbook.committor import (METHODS, NonparametricCommittor, as_ensemble, basis, boundaries, check_coordinate, check_states, check_weights, clamp,
-                                count_transitions, evaluate, held, held_out, log_loss, outcome_log_loss, outcomes, passages, plot_agreement,
-                                plot_convergence, plot_outcomes, plot_watch, previous_outcomes, rmse, squared_increments, states_from)
+from foldbook.committor import (METHODS, NonparametricCommittor, as_ensemble, basis, boundaries, check_coordinate,
+                                check_states, check_weights, clamp,
+                                count_transitions, evaluate, held, held_out, log_loss, outcome_log_loss, outcomes,
+                                passages, plot_agreement,
+                                plot_convergence, plot_outcomes, plot_watch, previous_outcomes, rmse,
+                                squared_increments, states_from)
 from foldbook.systems import dw1d, lshape2d, persist1d, solve_boundary, stationary
 
 quick = settings(deadline=None, max_examples=60)
@@ -86,14 +89,17 @@ def test_clamp():
 
 @pytest.mark.parametrize('x, words', [
     ([np.zeros(2), [0, np.nan]], 'trajectory 1, frame 1'), ([[np.inf]], 'trajectory 0, frame 0'), ([], 'no trajectory'),
-    ([np.zeros(0)], 'no frames'), ([['a']], 'numbers'), (3., 'one array per trajectory'), ([3., 4.], 'one array per trajectory')])
+    ([np.zeros(0)], 'no frames'), ([['a']], 'numbers'), (3., 'one array per trajectory'),
+    ([3., 4.], 'one array per trajectory')])
 def test_bad_ensembles(x, words):
     with pytest.raises((ValueError, TypeError), match=words): as_ensemble(x if isinstance(x, list) else [x])
 
 
 @pytest.mark.parametrize('states, lengths, words', [
-    ([[0, 1, 2]], None, 'frame 2 is 2'), ([[0, 1, .5]], None, '0.5'), ([[0, 1, np.nan]], None, 'NaN'), ([[0, -1]], None, 'no frame is in B'),
-    ([[1, -1]], None, 'no frame is in A'), ([[0, 1]], [3], 'has 2 frames'), ([[0, 1]], [2, 2], '1 trajectories'), ([[[0, 1]]], None, 'one flag per frame')])
+    ([[0, 1, 2]], None, 'frame 2 is 2'), ([[0, 1, .5]], None, '0.5'), ([[0, 1, np.nan]], None, 'NaN'),
+    ([[0, -1]], None, 'no frame is in B'),
+    ([[1, -1]], None, 'no frame is in A'), ([[0, 1]], [3], 'has 2 frames'), ([[0, 1]], [2, 2], '1 trajectories'),
+    ([[[0, 1]]], None, 'one flag per frame')])
 def test_bad_states(states, lengths, words):
     with pytest.raises(ValueError, match=words): check_states(states, lengths)
 
@@ -105,20 +111,26 @@ def test_flags_may_come_as_floats_or_one_array():
 
 
 COLUMNS = ['Q', 'RMSD', 'end to end']
-F = [np.random.default_rng(0).uniform(0, 1, (50, 3)).astype(np.float32), np.random.default_rng(1).uniform(0, 1, (20, 3)).astype(np.float32)]
+F = [np.random.default_rng(0).uniform(0, 1, (50, 3)).astype(np.float32),
+     np.random.default_rng(1).uniform(0, 1, (20, 3)).astype(np.float32)]
 
 
 @pytest.mark.parametrize('text, value', [
-    ('Q < 0.5', lambda q, r, e: q < .5), ('not Q < 0.5', lambda q, r, e: ~(q < .5)), ('0.2 <= Q < 0.5 or RMSD > 0.9', lambda q, r, e: ((q >= .2) & (q < .5)) | (r > .9)),
+    ('Q < 0.5', lambda q, r, e: q < .5), ('not Q < 0.5', lambda q, r, e: ~(q < .5)),
+    ('0.2 <= Q < 0.5 or RMSD > 0.9', lambda q, r, e: ((q >= .2) & (q < .5)) | (r > .9)),
     ('Q > 0.5 and RMSD < 0.3 and `end to end` > 0.1', lambda q, r, e: (q > .5) & (r < .3) & (e > .1)),
-    ('-Q + 2 * RMSD / 3 - 1 < `end to end`', lambda q, r, e: -q + 2 * r / 3 - 1 < e), ('Q == Q', lambda q, r, e: q == q), ('(Q != RMSD) and Q > +0.1', lambda q, r, e: (q != r) & (q > .1))])
+    ('-Q + 2 * RMSD / 3 - 1 < `end to end`', lambda q, r, e: -q + 2 * r / 3 - 1 < e),
+    ('Q == Q', lambda q, r, e: q == q), ('(Q != RMSD) and Q > +0.1', lambda q, r, e: (q != r) & (q > .1))])
 def test_expressions(text, value):
     for x, found in zip(F, evaluate(F, COLUMNS, text)): assert (found == value(*x.T)).all()
 
 
 @pytest.mark.parametrize('text', [
-    '__import__("os").system("true")', 'Q.__class__', 'Q.max() > 0', 'Q[0] > 0', 'open("x")', 'lambda: 0', '[Q > 0 for Q in (1,)]', 'Q if Q else Q', 'Q ** 10 ** 10', 'Q @ Q', 'Q // 1',
-    'Q % 2 > 1', 'Q & Q', 'Q is 1', 'Q in 1', '"Q" > 0', 'True', 'Q > 1j', '(Q := 1) > 0', 'Q >', '', 'Q; Q', 'P > 0.5', '`Q', 'f"{Q}"', '*Q', 'Q\x00', '1 / 0 > Q', 'Q / (Q - Q) > 1', '1e400 - 1e400 > Q', '+'.join(['Q'] * 5000), '9' * 400 + ' > Q', '(' * 500 + 'Q' + ')' * 500])
+    '__import__("os").system("true")', 'Q.__class__', 'Q.max() > 0', 'Q[0] > 0', 'open("x")', 'lambda: 0', '[Q > 0 '
+        'for Q in (1,)]', 'Q if Q else Q', 'Q ** 10 ** 10', 'Q @ Q', 'Q // 1',
+    'Q % 2 > 1', 'Q & Q', 'Q is 1', 'Q in 1', '"Q" > 0', 'True', 'Q > 1j', '(Q := 1) > 0', 'Q >', '', 'Q; Q', 'P > 0.5',
+    '`Q', 'f"{Q}"', '*Q', 'Q\x00', '1 / 0 > Q', 'Q / (Q - Q) > 1', '1e400 - 1e400 > Q', '+'.join(['Q'] * 5000),
+    '9' * 400 + ' > Q', '(' * 500 + 'Q' + ')' * 500])
 def test_expressions_are_refused(text):
     with pytest.raises(ValueError): evaluate(F, COLUMNS, text)
 
@@ -147,7 +159,8 @@ def corner(n=100_000, k=1, seed=0):
     s = lshape2d()
     x, states, q = s.observe(s.sample(n, k, seed=seed))
     rng = np.random.default_rng(seed)
-    return [np.column_stack([f, f.sum(1), f[:, 0] - f[:, 1], rng.normal(size=(len(f), 2))]).astype(np.float32) for f in x], states, q
+    return [np.column_stack([f, f.sum(1), f[:, 0] - f[:, 1], rng.normal(size=(len(f), 2))]).astype(np.float32)
+            for f in x], states, q
 
 
 def whole_arrays(model, states, r, weights, f):
@@ -170,19 +183,26 @@ def test_equations_against_whole_arrays(method, lag, weighted):
     m, rng, all_ = NonparametricCommittor(method, degree=4), np.random.default_rng(1), np.ones(3000, bool)
     flags, scale = _boundary(m, states)[0], _Scale.of(x)
     f = _Frames.of(x, [flags], scale)
-    r, weights = np.where(flags < 0, rng.random(3000), flags), rng.random(3000) if weighted and method != 'NPNEw' else np.ones(3000)
-    s, pairs, y, z, u = Step(1, lag, False, 0.4, 1., 1., None), _pairs(f, all_, m.kind), f.y[1].astype(float), 2 * r - 1, np.maximum(np.arange(3000) - lag, 0)
-    A, column, alone = _orthogonality(f.y[1], z, (lag, lag), r, _envelope(r, f.interior, 0.4, 1.), *pairs, f.begin, weights, 4, m.gamma * (method[:4] == 'NPNE'), m.elapsed, m.kind)
+    r, weights = np.where(flags < 0, rng.random(3000),
+                          flags), rng.random(3000) if weighted and method != 'NPNEw' else np.ones(3000)
+    s, pairs, y, z, u = Step(1, lag, False, 0.4, 1., 1., None), _pairs(f, all_,
+        m.kind), f.y[1].astype(float), 2 * r - 1, np.maximum(np.arange(3000) - lag, 0)
+    A, column, alone = _orthogonality(f.y[1], z, (lag, lag), r, _envelope(r, f.interior, 0.4, 1.), *pairs, f.begin,
+                                      weights, 4, m.gamma * (method[:4] == 'NPNE'), m.elapsed, m.kind)
     g = np.where(flags < 0, 1 / (1 + np.exp(-(r - 0.4) * 100)), 0)
     g[(r - 0.4) * 100 <= -20] = 0
-    A0, b0 = whole_arrays(m, flags, r, weights, np.stack([g * y[u]**i * z[u]**j for i in range(5) for j in range(5 - i)]))
+    A0, b0 = whole_arrays(m, flags, r, weights,
+                          np.stack([g * y[u]**i * z[u]**j for i in range(5) for j in range(5 - i)]))
     A, b = (A.T, -alone) if method == 'NPNEw' else (A, alone - column)
-    assert np.allclose(A, A0, rtol=1e-6, atol=1e-6 * np.abs(A0).max()) and np.allclose(b, b0, rtol=1e-6, atol=1e-6 * np.abs(b0).max())
-    assert np.allclose(_solve(f, r, s, pairs, weights, m, m.gamma * (method[:4] == 'NPNE')), np.linalg.lstsq(A, b, rcond=None)[0])
+    assert np.allclose(A, A0, rtol=1e-6, atol=1e-6 * np.abs(A0).max()) and np.allclose(b, b0, rtol=1e-6,
+                                                                                       atol=1e-6 * np.abs(b0).max())
+    assert np.allclose(_solve(f, r, s, pairs, weights, m, m.gamma * (method[:4] == 'NPNE')),
+                       np.linalg.lstsq(A, b, rcond=None)[0])
 
 
 def counted(s, paths):
-    "Transition matrix estimated by counting the hidden microstates, and the microstates seen: the best that any estimator can know."
+    """Transition matrix estimated by counting the hidden microstates, and the microstates seen: the best that any
+    estimator can know."""
     C = np.zeros_like(s.transition)
     for p in paths: np.add.at(C, (p[:-1], p[1:]), 1)
     seen = np.flatnonzero(C.sum(0) + C.sum(1))
@@ -200,16 +220,19 @@ def by_counting(s, paths, boundary, source=0.):
 
 @pytest.mark.parametrize('method', ['NPNEq', 'NPq'])
 def test_corner_is_found(method):
-    "The exact committor of lshape2d from six features, two of them noise: errors as small as counting all 625 microstates gives, and as published."
+    """The exact committor of lshape2d from six features, two of them noise: errors as small as counting all 625
+    microstates gives, and as published."""
     errors = []
     for seed in (1, 3):
         x, states, q = corner(seed=seed)
         m = NonparametricCommittor(method, n_iterations=600, history=(0,), guard=0).fit(x, states, progress=False)
         paths = lshape2d().sample(100_000, seed=seed)
-        errors.append((rmse(m.r, q, states), rmse([by_counting(lshape2d(), paths, lshape2d().states)[p] for p in paths], q, states)))
+        errors.append((rmse(m.r, q, states), rmse([by_counting(lshape2d(), paths, lshape2d().states)[p] for p in paths],
+                                                  q, states)))
         assert errors[-1][0] < max(1.25 * errors[-1][1], .012)
     assert max(errors)[0] <= (.021 if method == 'NPNEq' else .022) and np.corrcoef(m.r[0], q[0])[0, 1] > 0.998
-    assert (m.r[0][states[0] == 0] == 0).all() and (m.r[0][states[0] == 1] == 1).all() and (0 <= m.r[0]).all() and (m.r[0] <= 1).all()
+    assert (m.r[0][states[0] == 0] == 0).all() and (m.r[0][states[0] == 1] == 1).all() and (0
+        <= m.r[0]).all() and (m.r[0] <= 1).all()
     assert m.stopped == 'iterations' and len(m.delta_r2) == 600
     assert m.delta_r2[-1] == pytest.approx(squared_increments(m.r))
 
@@ -225,21 +248,25 @@ def test_history_replaces_the_hidden_direction():
     assert 0.08 < rmse(blind.r, q, states) < 0.1 and np.mean(errors) <= 0.0185 and min(errors) <= .018
 
 
-@pytest.mark.parametrize('system, methods', [(dw1d, ('NPNEt', 'NPt')), (lshape2d, ('NPNEt', 'NPt')), (persist1d, ('NPNEt',))])
+@pytest.mark.parametrize('system, methods', [(dw1d, ('NPNEt', 'NPt')), (lshape2d, ('NPNEt', 'NPt')),
+                                             (persist1d, ('NPNEt',))])
 @pytest.mark.parametrize('target', ['A', 'B'])
 def test_first_passage_times(system, methods, target):
-    "Times agree with those of the chain that was counted to a few per cent, and with the exact ones as well as that chain does."
+    """Times agree with those of the chain that was counted to a few per cent, and with the exact ones as well as
+    that chain does."""
     s = system()
     paths = s.sample(100_000, seed=0)
     x, states, _ = s.observe(paths)
     boundary = np.where(s.states == 'AB'.index(target), 0, -1)
-    exact, count = (f[paths[0]] for f in ({'A': s.mfpt_to_a, 'B': s.mfpt_to_b}[target], by_counting(s, paths, boundary, 1.)))
+    exact, count = (f[paths[0]] for f in ({'A': s.mfpt_to_a, 'B': s.mfpt_to_b}[target],
+                                          by_counting(s, paths, boundary, 1.)))
     for method in methods:
         m = NonparametricCommittor(method, n_iterations=120, history=(0,), target=target).fit(x, states, progress=False)
         r, out = m.r[0], boundary[paths[0]] < 0
         assert (r[~out] == 0).all() and r.max() <= m.ceiling == 100_000
         assert abs(r[out].mean() / count[out].mean() - 1) < .05 and np.corrcoef(r, exact)[0, 1] > .998
-        assert np.sqrt(np.mean((r - exact)[out]**2)) < np.sqrt(np.mean((count - exact)[out]**2)) + .03 * exact[out].mean()
+        assert np.sqrt(np.mean((r - exact)[out]**2)) < np.sqrt(np.mean((count
+                                                                        - exact)[out]**2)) + .03 * exact[out].mean()
 
 
 def biased(s, ensemble, **options):
@@ -248,14 +275,16 @@ def biased(s, ensemble, **options):
     return s.sample(33, 3000, seed=1, ensemble=ensemble, start=start / start.sum(), **options)
 
 
-@pytest.mark.parametrize('ensemble, length', [('free', 'fixed'), ('free', 'poisson'), ('absorbed', 'fixed'), ('absorbed', 'poisson')])
+@pytest.mark.parametrize('ensemble, length', [('free', 'fixed'), ('free', 'poisson'), ('absorbed', 'fixed'),
+                                              ('absorbed', 'poisson')])
 @pytest.mark.parametrize('system', [dw1d, persist1d])
 def test_short_trajectories_off_equilibrium(system, ensemble, length):
     "NPNEq is as good as counting; NPq is visibly wrong."
     s = system()
     paths = biased(s, ensemble, length=length)
     x, states, q = s.observe(paths)
-    fit = lambda method: rmse(NonparametricCommittor(method, n_iterations=100, history=(0,), guard=0).fit(x, states, progress=False).r, q, states)
+    fit = lambda method: rmse(NonparametricCommittor(method, n_iterations=100, history=(0,), guard=0).fit(x, states,
+        progress=False).r, q, states)
     count = by_counting(s, paths, s.states)
     floor = rmse([count[p] for p in paths], q, states)
     assert fit('NPNEq') < 1.3 * floor + .005 and fit('NPq') > max(.04, 2 * floor)
@@ -263,7 +292,8 @@ def test_short_trajectories_off_equilibrium(system, ensemble, length):
 
 @pytest.mark.parametrize('system', [dw1d, persist1d])
 def test_weights_make_the_starts_stationary(system):
-    "NPNEw finds the stationary law of the counted chain; with its weights least squares is right again, and times hold with and without them."
+    """NPNEw finds the stationary law of the counted chain; with its weights least squares is right again, and times
+    hold with and without them."""
     s = system()
     paths = biased(s, 'free')
     x, states, q = s.observe(paths)
@@ -276,9 +306,11 @@ def test_weights_make_the_starts_stationary(system):
     raw = np.bincount(starts, minlength=len(law)) / len(starts)
     assert abs(known - law).sum() / 2 < .01 and abs(known - s.stationary).sum() < abs(raw - s.stationary).sum() / 4
     if system is dw1d:
-        error = lambda weights: rmse(NonparametricCommittor('NPq', n_iterations=100, history=(0,), guard=0).fit(x, states, progress=False, weights=weights).r, q, states)
+        error = lambda weights: rmse(NonparametricCommittor('NPq', n_iterations=100, history=(0,), guard=0).fit(x,
+            states, progress=False, weights=weights).r, q, states)
         assert error(m.r) < .025 < .04 < error(None)
-    t = [np.concatenate(NonparametricCommittor('NPNEt', n_iterations=100, history=(0,)).fit(x, states, progress=False, weights=v).r).mean() for v in (None, m.r)]
+    t = [np.concatenate(NonparametricCommittor('NPNEt', n_iterations=100, history=(0,)).fit(x, states, progress=False,
+        weights=v).r).mean() for v in (None, m.r)]
     exact = np.concatenate([s.mfpt_to_a[p] for p in paths]).mean()
     assert max(abs(v / exact - 1) for v in t) < .25
 
@@ -287,7 +319,8 @@ def test_copies_weigh_as_much_as_weights():
     "A trajectory of weight 2 is the trajectory given twice."
     x, states, _ = corner(4000, 2)
     for method in ('NPNEq', 'NPq'):
-        fit = lambda f, s, w: NonparametricCommittor(method, n_iterations=1, history=(0,), guard=0).fit(f, s, progress=False, weights=w)
+        fit = lambda f, s, w: NonparametricCommittor(method, n_iterations=1, history=(0,), guard=0).fit(f, s,
+            progress=False, weights=w)
         a, b = fit(x, states, [np.full(4000, 2.), np.ones(4000)]), fit([x[0], *x], [states[0], *states], None)
         assert np.allclose(a.r[1], b.r[2], atol=1e-6)
 
@@ -331,7 +364,8 @@ def test_monitor_keeps_the_best():
     def monitor(r):
         seen.append([v.copy() for v in r])
         return [3., 1., 2., 4., 5., 6.][len(seen) - 1]
-    m = NonparametricCommittor(n_iterations=500, monitor_every=5, patience=3).fit(x, states, monitor=monitor, progress=False)
+    m = NonparametricCommittor(n_iterations=500, monitor_every=5, patience=3).fit(x, states, monitor=monitor,
+                                                                                  progress=False)
     assert m.stopped == 'monitor' and len(seen) == 5 and all((a == b).all() for a, b in zip(m.r, seen[1]))
     assert np.array_equal(m.replay(x, states)[0], m.r[0])
 
@@ -339,21 +373,25 @@ def test_monitor_keeps_the_best():
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_is_replayed_and_saved(method, tmp_path):
     x, states, _ = corner(4000, 3)
-    m = NonparametricCommittor(method, n_iterations=40, degree=3, gamma=lambda i: .1 / (1 + i)).fit(x, states, train=[0, 1], progress=False)
+    m = NonparametricCommittor(method, n_iterations=40, degree=3, gamma=lambda i: .1 / (1 + i)).fit(x, states,
+        train=[0, 1], progress=False)
     m.save(tmp_path)
     again = NonparametricCommittor.load(tmp_path)
     assert np.array_equal(m.replay(x, states)[2], m.r[2]) and np.array_equal(again.replay(x[1:], states[1:])[1], m.r[2])
     assert np.array_equal(again.transform(x, states)[0], m.r[0]) and len(again.gamma) == 40
-    assert all((v >= 0).all() and np.isfinite(v).all() for v in m.r) and (method[-1] != 'q' or all(v.max() <= 1 for v in m.r))
+    assert all((v >= 0).all() and np.isfinite(v).all()
+               for v in m.r) and (method[-1] != 'q' or all(v.max() <= 1 for v in m.r))
     other = [x[0], x[1], x[2][::-1].copy()]
-    m2 = NonparametricCommittor(method, n_iterations=40, degree=3, gamma=lambda i: .1 / (1 + i)).fit(other, [states[0], states[1], states[2][::-1].copy()], train=[0, 1], progress=False)
+    m2 = NonparametricCommittor(method, n_iterations=40, degree=3, gamma=lambda i: .1 / (1 + i)).fit(other,
+        [states[0], states[1], states[2][::-1].copy()], train=[0, 1], progress=False)
     assert np.array_equal(m.r[0], m2.r[0]) and np.array_equal(m.r[1], m2.r[1]) # what is held out changes nothing
 
 
 def test_damping():
     from foldbook.committor import _damping
     g = lambda **k: _damping(NonparametricCommittor(n_iterations=5, **k)).tolist()
-    assert g(gamma=.3) == [.3] * 5 and g(gamma=(1, 0)) == [1, .75, .5, .25, 0] and g(gamma=lambda i: i) == [0, 1, 2, 3, 4] and g() == [.2] * 5
+    assert g(gamma=.3) == [.3] * 5 and g(gamma=(1, 0)) == [1, .75, .5, .25, 0] and g(gamma=lambda i: i) == [0, 1, 2, 3,
+        4] and g() == [.2] * 5
     assert g(method='NPq', gamma=.3) == [0] * 5 and g(method='NPNEt') == [0] * 5
     for bad in (-.1, (0, np.nan), lambda i: -i):
         with pytest.raises(ValueError, match='gamma'): NonparametricCommittor(gamma=bad)
@@ -361,18 +399,22 @@ def test_damping():
 
 def test_bad_weights_and_targets():
     x, states, _ = corner(3000, 2)
-    fit = lambda method='NPNEq', s=states, **k: NonparametricCommittor(method, n_iterations=2).fit(x, s, progress=False, **k)
-    for w, words in (([np.ones(3000)], 'trajectories'), ([np.ones(3000), np.ones(2)], 'frames'), ([np.ones(3000), -np.ones(3000)], 'negative'), ([np.ones(3000), np.full(3000, np.nan)], 'NaN')):
+    fit = lambda method='NPNEq', s=states, **k: NonparametricCommittor(method, n_iterations=2).fit(x, s, progress=False,
+                                                                                                   **k)
+    for w, words in (([np.ones(3000)], 'trajectories'), ([np.ones(3000), np.ones(2)], 'frames'),
+                     ([np.ones(3000), -np.ones(3000)], 'negative'), ([np.ones(3000), np.full(3000, np.nan)], 'NaN')):
         with pytest.raises(ValueError, match=words): fit(weights=w)
     with pytest.raises(ValueError, match='arrives in A'): fit('NPNEt', [np.where(s == 0, -1, s) for s in states])
     with pytest.raises(ValueError, match='target'): NonparametricCommittor('NPNEt', target='C')
     assert fit('NPNEt', [np.where(s == 1, -1, s) for s in states]).r[0].max() > 0 # the other state need not exist
-    assert check_weights(None, [2, 1])[0].tolist() == [1, 1] and log_loss(np.array([0., .5]), np.array([1, 0])).tolist() == pytest.approx([-np.log(1e-6), np.log(2)])
+    assert check_weights(None, [2, 1])[0].tolist() == [1, 1] and log_loss(np.array([0., .5]),
+        np.array([1, 0])).tolist() == pytest.approx([-np.log(1e-6), np.log(2)])
 
 
 def test_save_and_load(tmp_path):
     x, states, _ = corner(3000, 2)
-    m = NonparametricCommittor(n_iterations=30, monitor_every=10).fit(x, states, monitor=held_out(states, [1]), train=[0], progress=False)
+    m = NonparametricCommittor(n_iterations=30, monitor_every=10).fit(x, states, monitor=held_out(states, [1]),
+                                                                      train=[0], progress=False)
     m.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['committor.json', 'committor.npz']
     json.loads((tmp_path / 'committor.json').read_text())
@@ -421,7 +463,8 @@ def test_pictures():
     x, states, q = corner(3000)
     m = NonparametricCommittor(n_iterations=5).fit(x, states, progress=False)
     assert plot_outcomes(x[0][:, 0], states[0]).get_xlabel() == 'frame'
-    assert len(plot_convergence({'a': m}).lines) == 2 and plot_agreement(m.r, q, states).get_xlabel() == 'exact committor'
+    assert len(plot_convergence({'a': m}).lines) == 2 and plot_agreement(m.r, q,
+                                                                         states).get_xlabel() == 'exact committor'
     assert len(plot_watch({'a': [1, 2]}, 5, 5).lines) == 2
 
 

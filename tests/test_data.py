@@ -66,7 +66,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = a.body[start or 0:]
         for key, value in dict(ETag=a.etag).items() | {('Last-Modified', a.modified)}:
             if value: self.send_header(key, value)
-        if start is not None: self.send_header('Content-Range', a.part or f'bytes {start}-{len(a.body) - 1}/{len(a.body)}')
+        if start is not None:
+            self.send_header('Content-Range', a.part or f'bytes {start}-{len(a.body) - 1}/{len(a.body)}')
         self.send_header('Content-Length', str(a.promised or len(rest)))
         self.end_headers()
         self.wfile.write(rest[:a.cut])
@@ -87,7 +88,8 @@ def web():
 def server(web): return web.url, web.files, web.hits
 
 
-def entry(url, name='frames.npz', checksum=None, **kw): return DataSet('toy', 'downloaded', 'a fixture', (File(name, checksum, url=f'{url}/{name}'),), **kw)
+def entry(url, name='frames.npz', checksum=None, **kw):
+    return DataSet('toy', 'downloaded', 'a fixture', (File(name, checksum, url=f'{url}/{name}'),), **kw)
 
 
 def leftovers(cache): return sorted(p.name for p in cache.rglob('*') if p.is_file())
@@ -108,7 +110,8 @@ def test_download_once(server, tmp_path):
 def test_bad_download_leaves_nothing(server, tmp_path, body, promised, checksum, error):
     url, files, _ = server
     if body: files['/frames.npz'] = body, promised
-    with pytest.raises((error, ValueError) if promised else error) as e: fd.fetch(entry(url, checksum=checksum), False, tmp_path)
+    with pytest.raises((error, ValueError) if promised else error) as e:
+        fd.fetch(entry(url, checksum=checksum), False, tmp_path)
     assert f'{url}/frames.npz' in str(e.value) and str(tmp_path/'toy'/'frames.npz') in str(e.value)
     assert leftovers(tmp_path) == []
 
@@ -127,7 +130,8 @@ def test_break_anywhere_goes_on_to_the_same_file(tmp_path_factory, cuts, publish
         web.files['/frames.npz'] = Answer(PAYLOAD, cut=sent, **version)
         if sent is None: break
         n += sent
-        with pytest.raises(ConnectionError, match='calling this again goes on' if n else 'cannot download'): fd.fetch(d, False, cache)
+        with pytest.raises(ConnectionError, match='calling this again goes on' if n else 'cannot download'):
+            fd.fetch(d, False, cache)
         assert (cache/'toy'/'frames.npz.download').read_bytes() == PAYLOAD[:n]
         assert not (cache/'toy'/'frames.npz').exists()
     assert (fd.fetch(d, False, cache).directory/'frames.npz').read_bytes() == PAYLOAD
@@ -190,7 +194,8 @@ def test_nothing_left_to_send_starts_anew(web, tmp_path, size):
     assert [a for a, _ in web.asked] == [None, f'bytes={size}-', None]
 
 
-@pytest.mark.parametrize('part, why', [('bytes 5000-10239/10240', 'only 4000 are here'), ('nonsense', 'does not say which')])
+@pytest.mark.parametrize('part, why', [('bytes 5000-10239/10240', 'only 4000 are here'),
+                                       ('nonsense', 'does not say which')])
 def test_lying_server_is_caught(web, tmp_path, part, why):
     d, _ = interrupted(web, tmp_path)
     web.files['/frames.npz'] = Answer(PAYLOAD, etag='"v1"', part=part)
@@ -249,7 +254,8 @@ def test_full_disk_is_one_sentence(web, tmp_path, monkeypatch, code, where):
     monkeypatch.setattr(fd, where, full)
     name = 'a.zip' if where == '_unpack_archive' else 'frames.npz'
     web.files[f'/{name}'] = Answer(PAYLOAD, etag='"v1"')
-    with pytest.raises(OSError, match='no space left in .*toy.*FOLDBOOK_CACHE.*call this again') as e: fd.fetch(entry(web.url, name), False, tmp_path)
+    with pytest.raises(OSError, match='no space left in .*toy.*FOLDBOOK_CACHE.*call this again') as e:
+        fd.fetch(entry(web.url, name), False, tmp_path)
     assert e.value.errno == getattr(errno, code)
 
 
@@ -289,14 +295,16 @@ def test_progress_bar_begins_where_it_stopped(web, tmp_path, capsys):
     assert 'frames.npz' in shown and '39%' in shown and '100%' in shown
 
 
-@pytest.mark.parametrize('licence, noisy', [('CC-BY-NC 4.0', True), ('agreement: no redistribution', True), ('non-commercial research', True), ('CC-BY 4.0', False), ('CC0 1.0', False)])
+@pytest.mark.parametrize('licence, noisy', [('CC-BY-NC 4.0', True), ('agreement: no redistribution', True),
+    ('non-commercial research', True), ('CC-BY 4.0', False), ('CC0 1.0', False)])
 def test_restricting_licence_announces_itself(web, tmp_path, licence, noisy):
     web.files['/frames.npz'] = Answer(PAYLOAD)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('ignore')
         warnings.simplefilter('always', fd.LicenceNotice)
         fd.fetch(entry(web.url, licence=licence), False, tmp_path)
-    assert [licence in str(w.message) and '\n' not in str(w.message) and w.filename == __file__ for w in seen] == [True]*noisy
+    assert [licence in str(w.message) and '\n' not in str(w.message) and w.filename == __file__
+            for w in seen] == [True]*noisy
 
 
 def test_restricted_sets():
@@ -307,9 +315,11 @@ def test_majewski_is_complete():
     proteins = 'chignolin trpcage bba villin wwdomain ntl9 bbl proteinb homeodomain proteing a3d lambda'.split()
     for p in proteins:
         reference, arrays, model = (fd.info(f'majewski_{p}{s}') for s in ('', '_ca', '_cg'))
-        assert [f.name for f in arrays.files] == [f'{p}_ca_{k}.npy' for k in ('coords', 'forces', 'deltaforces', 'embeddings')]
+        assert [f.name for f in arrays.files] == [f'{p}_ca_{k}.npy'
+                                                  for k in ('coords', 'forces', 'deltaforces', 'embeddings')]
         assert {f.url.rsplit('/', 1)[0] for f in arrays.files + model.files + reference.files} <= {
-            f'http://pub.htmd.org/protein_thermodynamics_data/{k}' for k in ('training_data', 'cg_trajectories', 'reference_trajectories')}
+            f'http://pub.htmd.org/protein_thermodynamics_data/{k}'
+            for k in ('training_data', 'cg_trajectories', 'reference_trajectories')}
         assert all(f.name.lower().startswith(p) for f in reference.files), 'an archive of another protein'
         assert bool(reference.files) == (p != 'homeodomain')
     assert fd.info('majewski_homeodomain').kind == 'on request'
@@ -363,7 +373,8 @@ def test_register_is_complete():
 
 
 def test_on_request_says_how(tmp_path):
-    with pytest.warns(fd.LicenceNotice), pytest.raises(FileNotFoundError, match='trajectories@deshawresearch.com'): fd.fetch('desres', False, tmp_path)
+    with pytest.warns(fd.LicenceNotice), pytest.raises(FileNotFoundError, match='trajectories@deshawresearch.com'):
+        fd.fetch('desres', False, tmp_path)
 
 
 @pytest.mark.parametrize('name', fd.names('shipped'))
@@ -375,7 +386,8 @@ def test_shipped_files_match_their_record(name):
         assert fd.checksum(path) == f.checksum and path.stat().st_size == f.size
         assert f.checksum.split(':')[1] in sources, f.name
     assert {p.name for p in (ROOT/'data'/name).iterdir()} == {f.name for f in d.files}
-    assert d.how_made in sources and not {p.name for p in (ROOT/'data').iterdir() if p.is_dir()} - set(fd.names('shipped'))
+    assert d.how_made in sources and not {p.name for p in (ROOT/'data').iterdir()
+                                          if p.is_dir()} - set(fd.names('shipped'))
 
 
 def test_every_stored_result_says_what_made_it():
@@ -433,7 +445,8 @@ def test_packing_refuses_far_positions(tmp_path):
     t.xyz += 40
     t.save_xtc(str(tmp_path/'a.xtc'))
     t[0].save_pdb(str(tmp_path/'top.pdb'))
-    with pytest.raises(ValueError, match='centre'): fd.pack_trajectory(tmp_path/'a.xtc', tmp_path/'top.pdb', tmp_path/'a.npy.xz')
+    with pytest.raises(ValueError, match='centre'):
+        fd.pack_trajectory(tmp_path/'a.xtc', tmp_path/'top.pdb', tmp_path/'a.npy.xz')
 
 
 def test_pieces_do_not_cross_files(tmp_path):
@@ -486,7 +499,8 @@ def test_cut_inside_the_next_header(tmp_path):
     t.save_xtc(str(path))
     path.write_bytes(path.read_bytes() + path.read_bytes()[:2])
     assert len(md.load(str(path), top=t.topology)) == 5
-    with pytest.raises(fd.DamagedFile, match='header.xtc: frame 5: .*2 bytes of an unfinished frame'): list(fd.stream_frames(path, t.topology))
+    with pytest.raises(fd.DamagedFile, match='header.xtc: frame 5: .*2 bytes of an unfinished frame'):
+        list(fd.stream_frames(path, t.topology))
 
 
 def swapped(data):
@@ -516,7 +530,8 @@ def test_excerpt_of_a_dcd_is_no_damage(tmp_path):
     data = bytearray(path.read_bytes())
     data[8:12] = (1000).to_bytes(4, 'little')
     path.write_bytes(data)
-    with pytest.warns(UserWarning, match='promises 1000 frames, the file has 30'): assert sum(len(c) for _, c in fd.stream_frames(path, t.topology)) == 30
+    with pytest.warns(UserWarning, match='promises 1000 frames, the file has 30'):
+        assert sum(len(c) for _, c in fd.stream_frames(path, t.topology)) == 30
 
 
 @pytest.mark.parametrize('suffix', ['pdb', 'nc', 'trr', 'xtc', 'dcd'])
@@ -545,8 +560,10 @@ def test_bad_numbers_and_wrong_topology_are_named(tmp_path):
     t = trajectory(30, 12)
     t.xyz[17, 4, 1] = np.nan
     t.save(str(tmp_path/'nan.dcd'))
-    with pytest.raises(ValueError, match=r'nan.dcd: frame 17, atom ALA4-CA|nan.dcd: frame 17, atom ALA5-CA'): list(fd.stream_frames(tmp_path/'nan.dcd', t.topology, chunk=8))
-    with pytest.raises(ValueError, match='nan.dcd.*topology of 13 atoms'): list(fd.stream_frames(tmp_path/'nan.dcd', topology(13)))
+    with pytest.raises(ValueError, match=r'nan.dcd: frame 17, atom ALA4-CA|nan.dcd: frame 17, atom ALA5-CA'):
+        list(fd.stream_frames(tmp_path/'nan.dcd', t.topology, chunk=8))
+    with pytest.raises(ValueError, match='nan.dcd.*topology of 13 atoms'):
+        list(fd.stream_frames(tmp_path/'nan.dcd', topology(13)))
     with pytest.raises(FileNotFoundError, match='none.xtc'): list(fd.stream_frames(tmp_path/'none.xtc', topology(13)))
 
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from foldbook.committor import clamp, outcomes
-from foldbook.distill import (ARCHITECTURES, LOSSES, TARGETS, CommittorNetwork, Student, StudentOptions, Windows, both_ends, directions, doublings, hidden_layer, interior_zq,
-                              lambda_at, lambda_return, loss_value, martingale_equations, predict, recalibration, report, selection_score, stopped, targets, variational)
+from foldbook.distill import (ARCHITECTURES, LOSSES, TARGETS, CommittorNetwork, Student, StudentOptions, Windows,
+                              both_ends, directions, doublings, hidden_layer, interior_zq,
+                              lambda_at, lambda_return, loss_value, martingale_equations, predict, recalibration,
+                              report, selection_score, stopped, targets, variational)
 from foldbook.systems import SYSTEMS, dw1d, lshape2d, persist1d
 from foldbook.zq import cut_profiles
 
@@ -24,7 +26,8 @@ def walk(): return data(dw1d(), 4000, 3, seed=1)
 
 
 flags_and_values = st.lists(st.sampled_from([-1, -1, -1, 0, 1]), min_size=2, max_size=30).flatmap(
-    lambda s: st.tuples(st.just(np.array(s, np.int8)), st.lists(st.floats(0, 1), min_size=len(s), max_size=len(s)).map(np.array)))
+    lambda s: st.tuples(st.just(np.array(s, np.int8)),
+                        st.lists(st.floats(0, 1), min_size=len(s), max_size=len(s)).map(np.array)))
 
 
 @settings(deadline=None, max_examples=40)
@@ -33,7 +36,9 @@ def test_stopped_by_hand(case, lag):
     flags, r = case
     value, got = np.where(flags >= 0, flags, r), stopped(r, flags, lag)
     for t in range(len(r)):
-        if t + lag >= len(r): assert np.isnan(got[t]); continue
+        if t + lag >= len(r):
+            assert np.isnan(got[t])
+            continue
         end = next((j for j in range(t + 1, t + lag + 1) if flags[j] >= 0), t + lag)
         assert got[t] == value[end]
 
@@ -75,7 +80,8 @@ def test_targets_leave_out_boundaries(walk):
 def test_windows_stop_at_the_first_frame():
     X = [np.arange(5, dtype=np.float32)[:, None], 10 + np.arange(4, dtype=np.float32)[:, None]]
     w = Windows(X, np.zeros(1), np.eye(1), 3)
-    assert w(torch.tensor([0, 1, 4, 5, 7])).squeeze(-1).tolist() == [[0, 0, 0], [0, 0, 1], [2, 3, 4], [10, 10, 10], [10, 11, 12]]
+    assert w(torch.tensor([0, 1, 4, 5, 7])).squeeze(-1).tolist() == [[0, 0, 0], [0, 0, 1], [2, 3, 4], [10, 10, 10],
+                                                                     [10, 11, 12]]
 
 
 @pytest.mark.parametrize('differences', [False, True])
@@ -84,15 +90,18 @@ def test_causal_clamped_bounded(walk, architecture, differences):
     X, S, _ = walk
     student = Student(architecture, differences=differences, **FAST).fit(X, S, progress=False)
     r = student.transform(X, S)
-    for x, s in zip(r, S): assert (x[s == 0] == 0).all() and (x[s == 1] == 1).all() and ((x[s < 0] > 0) & (x[s < 0] < 1)).all()
+    for x, s in zip(r, S):
+        assert (x[s == 0] == 0).all() and (x[s == 1] == 1).all() and ((x[s < 0] > 0) & (x[s < 0] < 1)).all()
     for t in (0, 5, 1000):
         changed = X[0].copy()
         changed[t + 1:] = 7.
         a, b = student.transform([changed])[0], student.transform([X[0]])[0]
-        assert np.allclose(a[:t + 1], b[:t + 1], atol=1e-7) and not np.allclose(a[t + 1:t + 4], b[t + 1:t + 4], atol=1e-4)
+        assert np.allclose(a[:t + 1], b[:t + 1], atol=1e-7) and not np.allclose(a[t + 1:t + 4], b[t + 1:t + 4],
+                                                                                atol=1e-4)
         assert np.allclose(student.transform([X[0][:t + 1]])[0], b[:t + 1], atol=1e-6)
     depends = np.abs(student.transform([np.vstack([X[0][:50] + 1, X[0][50:]])])[0] - student.transform([X[0]])[0])
-    assert np.allclose(depends[50 + student.window - 1 + differences:], 0, atol=1e-7) # nothing older than the window is read
+    # nothing older than the window is read
+    assert np.allclose(depends[50 + student.window - 1 + differences:], 0, atol=1e-7)
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -104,7 +113,8 @@ def test_order_of_trajectories_is_free(walk, architecture):
 
 def test_seeds(walk):
     X, S, _ = walk
-    run = lambda **k: np.concatenate(Student('lstm', dropout=0.1, **FAST, **k).fit(X[:2], S[:2], validation=(X[2:], S[2:]), progress=False).transform(X))
+    run = lambda **k: np.concatenate(Student('lstm', dropout=0.1, **FAST, **k).fit(X[:2], S[:2],
+        validation=(X[2:], S[2:]), progress=False).transform(X))
     same, before = run(seed=3), torch.random.get_rng_state()
     assert (run(seed=3) == same).all() and (torch.random.get_rng_state() == before).all()
     assert (run(seed=4) != same).any() and (run(seed=3, data_seed=5) != same).any()
@@ -112,7 +122,8 @@ def test_seeds(walk):
 
 def test_save_load(walk, tmp_path):
     X, S, _ = walk
-    student = Student('transformer', members=2, differences=True, **FAST).fit(X[:2], S[:2], validation=(X[2:], S[2:]), progress=False)
+    student = Student('transformer', members=2, differences=True, **FAST).fit(X[:2], S[:2], validation=(X[2:], S[2:]),
+                                                                              progress=False)
     student.save(tmp_path / 's')
     assert sorted(p.name for p in (tmp_path / 's').iterdir()) == ['student.json', 'student.safetensors']
     again = Student.load(tmp_path / 's')
@@ -151,13 +162,18 @@ def test_interrupted_run_gives_the_same_numbers(walk, tmp_path, monkeypatch, kil
 def test_foreign_checkpoint_is_refused(walk, tmp_path):
     X, S, _ = walk
     Student('mlp', **FAST).fit(X, S, directory=tmp_path, progress=False)
-    with pytest.raises(ValueError, match='another student or other data'): Student('mlp', **FAST, seed=1).fit(X, S, directory=tmp_path, progress=False)
-    with pytest.raises(ValueError, match='another student or other data'): Student('mlp', **FAST).fit([x + 1 for x in X], S, directory=tmp_path, progress=False)
+    with pytest.raises(ValueError, match='another student or other data'):
+        Student('mlp', **FAST, seed=1).fit(X, S, directory=tmp_path, progress=False)
+    with pytest.raises(ValueError, match='another student or other data'):
+        Student('mlp', **FAST).fit([x + 1 for x in X], S, directory=tmp_path, progress=False)
 
 
 def test_mistakes(walk):
     X, S, q = walk
-    for bad, words in ((dict(architecture='gru'), 'lstm'), (dict(loss='mse'), 'teacher_mse'), (dict(loss='variational'), 'memoryless'), (dict(lags=(0,)), 'lags'), (dict(window=0), 'window'), (dict(keep=0, components=0), 'nothing to read'), (dict(architecture='transformer', hidden=7), 'even')):
+    for bad, words in ((dict(architecture='gru'), 'lstm'), (dict(loss='mse'), 'teacher_mse'),
+                       (dict(loss='variational'), 'memoryless'), (dict(lags=(0,)), 'lags'), (dict(window=0), 'window'),
+                       (dict(keep=0, components=0), 'nothing to read'),
+                       (dict(architecture='transformer', hidden=7), 'even')):
         with pytest.raises(ValueError, match=words): Student(**bad)
     with pytest.raises(ValueError, match='needs teacher'): Student(loss='teacher_mse').fit(X, S)
     with pytest.raises(ValueError, match='frames'): Student().fit(X, [s[1:] for s in S])
@@ -165,7 +181,8 @@ def test_mistakes(walk):
     with pytest.raises(ValueError, match='same F'): Student().fit(X, S, validation=([np.zeros((len(S[0]), 2))], S[:1]))
     with pytest.raises(ValueError, match='NaN'): Student().fit([np.where(x > 1, np.nan, x) for x in X], S)
     with pytest.raises(ValueError, match='trained'): Student().transform(X)
-    with pytest.raises(ValueError, match='reads 1 features'): Student('mlp', **FAST).fit(X, S, progress=False).transform([np.zeros((5, 2))])
+    with pytest.raises(ValueError, match='reads 1 features'):
+        Student('mlp', **FAST).fit(X, S, progress=False).transform([np.zeros((5, 2))])
 
 
 def test_directions():
@@ -188,13 +205,17 @@ def test_reads_only_what_it_keeps(walk):
     X, S, _ = walk
     wide = [np.hstack([x, np.sin(99 * x)]) for x in X]
     student = Student('mlp', keep=1, components=0, **FAST).fit(wide, S, progress=False)
-    assert all((a == b).all() for a, b in zip(student.transform(wide), student.transform([np.hstack([x, 5 * x]) for x in X])))
+    assert all((a == b).all() for a, b in zip(student.transform(wide),
+                                              student.transform([np.hstack([x, 5 * x]) for x in X])))
 
 
 def test_selection_score_and_losses():
     assert selection_score(.4, 2.5) == .4 < selection_score(.4, 2.6) < selection_score(.4, 5.)
-    z, y = torch.tensor([0., 2., 9.], requires_grad=True), torch.tensor([.5, torch.sigmoid(torch.tensor(2.)).item(), float('nan')])
-    for loss in TARGETS: assert torch.allclose(torch.autograd.grad(loss_value(loss, z, y), z)[0], torch.zeros(3), atol=1e-6) # least at the mean
+    z, y = torch.tensor([0., 2., 9.], requires_grad=True), torch.tensor([.5, torch.sigmoid(torch.tensor(2.)).item(),
+                                                                         float('nan')])
+    # least at the mean
+    for loss in TARGETS:
+        assert torch.allclose(torch.autograd.grad(loss_value(loss, z, y), z)[0], torch.zeros(3), atol=1e-6)
 
 
 def test_lambda_falls_in_the_first_half():
@@ -208,7 +229,8 @@ def table(r):
 
 
 def brute_force_functional(r, flags, lag):
-    "Pieces between boundary frames, each repeated at its ends by `lag` frames where the window would have fitted; squares of all windows that touch the interior."
+    """Pieces between boundary frames, each repeated at its ends by `lag` frames where the window would have fitted;
+    squares of all windows that touch the interior."""
     total, n, value = 0., len(flags), np.where(flags >= 0, flags, r)
     for t in np.flatnonzero(flags < 0):
         later = next((j for j in range(t + 1, n) if flags[j] >= 0), n + lag)
@@ -221,19 +243,23 @@ def brute_force_functional(r, flags, lag):
 @settings(deadline=None, max_examples=40)
 @given(flags_and_values, st.integers(1, 8))
 def test_variational_counts_every_window_once(case, lag):
-    "Against a brute-force sum, and, on a series that begins and ends on the boundary, against the profile of chapter 41."
+    """Against a brute-force sum, and, on a series that begins and ends on the boundary, against the profile of
+    chapter 41."""
     flags, r = case
     r = np.clip(r, .01, .99)
     if not (flags < 0).any(): return
     index = torch.from_numpy(np.flatnonzero(flags < 0))
     network, w = table(r)
-    value = variational(network, w, torch.from_numpy(flags).float(), both_ends([flags], lag), index, network(w(index))).item() * len(index)
+    value = variational(network, w, torch.from_numpy(flags).float(), both_ends([flags], lag), index,
+                        network(w(index))).item() * len(index)
     assert value == pytest.approx(brute_force_functional(r, flags, lag), rel=1e-4, abs=1e-6)
-    x, f = np.where(flags >= 0, flags, r), np.r_[np.zeros(9), flags, np.zeros(9)].astype(np.int8) # far from both ends nothing is cut off
+    # far from both ends nothing is cut off
+    x, f = np.where(flags >= 0, flags, r), np.r_[np.zeros(9), flags, np.zeros(9)].astype(np.int8)
     x = np.r_[np.zeros(9), x, np.zeros(9)]
     index = torch.from_numpy(np.flatnonzero(f < 0))
     network, w = table(np.clip(x, .01, .99))
-    value = variational(network, w, torch.from_numpy(f).float(), both_ends([f], lag), index, network(w(index))).item() * len(index)
+    value = variational(network, w, torch.from_numpy(f).float(), both_ends([f], lag), index,
+                        network(w(index))).item() * len(index)
     visits = np.flatnonzero(f >= 0)
     crossings = sum(max(0, lag - n + 1) * (f[a] != f[b]) for a, b, n in zip(visits, visits[1:], np.diff(visits)))
     assert value + crossings == pytest.approx(cut_profiles([x], [f], lags=[lag]).delta_r2[0] * lag, rel=1e-4, abs=1e-6)
@@ -259,7 +285,8 @@ def test_doublings():
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 30), st.integers(1, 30))
 def test_reach_by_hand(window, reach, n, m):
-    "Means over the stretches, with the first frame repeated before the trajectory begins; the neighbouring trajectory is never read."
+    """Means over the stretches, with the first frame repeated before the trajectory begins; the neighbouring
+    trajectory is never read."""
     rng = np.random.default_rng(n)
     X = [rng.normal(size=(k, 2)).astype(np.float32) for k in (n, m)]
     w, edges = Windows(X, np.zeros(2), np.eye(2), window, reach=reach), doublings(window, reach)
@@ -285,7 +312,8 @@ def test_solved_head_obeys_its_equations(walk):
     r, phi = student.transform(X, S), hidden_layer(student.networks[0], student._windows(X))
     b = sum(martingale_equations(f.astype(float), f.astype(float), a, s, student.lam)[1] for f, a, s in zip(phi, r, S))
     plain = Student('mlp', **FAST).fit(X, S, progress=False)
-    before = sum(martingale_equations(f.astype(float), f.astype(float), a, s, student.lam)[1] for f, a, s in zip(phi, plain.transform(X, S), S))
+    before = sum(martingale_equations(f.astype(float), f.astype(float), a, s, student.lam)[1]
+                 for f, a, s in zip(phi, plain.transform(X, S), S))
     assert np.abs(b).max() < .02 * np.abs(before).max()
 
 
@@ -300,16 +328,20 @@ def test_report(walk):
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_prediction_in_batches(name):
     torch.manual_seed(0)
-    network, w = CommittorNetwork(name, 2, 8, .5, 3), Windows([np.random.default_rng(0).normal(size=(n, 2)) for n in (50, 7)], np.zeros(2), np.eye(2), 3)
+    network, w = CommittorNetwork(name, 2, 8, .5, 3), Windows([np.random.default_rng(0).normal(size=(n, 2))
+                                                               for n in (50, 7)], np.zeros(2), np.eye(2), 3)
     whole, parts = predict(network, w), predict(network, w, batch=11)
-    assert network.training and all(np.allclose(a, b, atol=1e-7) for a, b in zip(whole, parts)) # dropout is off while predicting, and back on after
+    # dropout is off while predicting, and back on after
+    assert network.training and all(np.allclose(a, b, atol=1e-7) for a, b in zip(whole, parts))
 
 
-def rmse(student, X, S, q): return np.sqrt(np.mean(np.concatenate([(a - b)[s < 0]**2 for a, b, s in zip(student.transform(X, S), q, S)])))
+def rmse(student, X, S, q):
+    return np.sqrt(np.mean(np.concatenate([(a - b)[s < 0]**2 for a, b, s in zip(student.transform(X, S), q, S)])))
 
 
 RECIPES = {'teacher_mse': .02, 'teacher_cross_entropy': .02, 'outcome': .08, 'martingale': .06, 'variational': .11}
-EXTRAS = {'variational and martingale': dict(loss='variational', martingale_weight=1.), 'outcome, lstd': dict(loss='outcome', lstd=True), 'martingale, lstd': dict(lstd=True),
+EXTRAS = {'variational and martingale': dict(loss='variational', martingale_weight=1.),
+          'outcome, lstd': dict(loss='outcome', lstd=True), 'martingale, lstd': dict(lstd=True),
           'martingale, zq': dict(zq_weight=.01), 'martingale, calibrated': dict(calibrate=True)}
 
 
@@ -318,23 +350,27 @@ def test_every_loss_finds_the_committor(name):
     "Memoryless students that see the whole state, on the three systems; the functional needs reversible dynamics."
     X, S, q = data(SYSTEMS[name](), 25_000, 4, seed=5)
     reversible = name != 'persist1d'
-    recipes = {loss: (dict(loss=loss), bound) for loss, bound in RECIPES.items()} | {label: (options, .06) for label, options in EXTRAS.items()}
+    recipes = {loss: (dict(loss=loss), bound) for loss, bound in RECIPES.items()} | {label: (options, .06)
+        for label, options in EXTRAS.items()}
     for label, (options, bound) in recipes.items():
         if 'variational' in label and not reversible: continue
-        student = Student('mlp', hidden=16, learning_rate=.01, max_epochs=10, batch_size=1024, **options).fit(X[:3], S[:3], q[:3], progress=False)
+        student = Student('mlp', hidden=16, learning_rate=.01, max_epochs=10, batch_size=1024, **options).fit(X[:3],
+            S[:3], q[:3], progress=False)
         assert rmse(student, X[3:], S[3:], q[3:]) < bound, label
 
 
 def test_the_functional_is_not_for_irreversible_dynamics():
     "On persist1d it leads away from the committor; the martingale does not."
     X, S, q = data(persist1d(), 30_000, 4, seed=5)
-    fit = lambda loss: Student('mlp', loss, hidden=16, learning_rate=.01, max_epochs=12, batch_size=1024).fit(X[:3], S[:3], progress=False)
+    fit = lambda loss: Student('mlp', loss, hidden=16, learning_rate=.01, max_epochs=12, batch_size=1024).fit(X[:3],
+        S[:3], progress=False)
     assert rmse(fit('variational'), X[3:], S[3:], q[3:]) > 3 * rmse(fit('martingale'), X[3:], S[3:], q[3:])
 
 
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_recalibration_does_no_harm(name):
-    "Exact committor in, exact committor out within sampling error; T_max on other frames hardly moves; a distorted one is mended."
+    """Exact committor in, exact committor out within sampling error; T_max on other frames hardly moves; a distorted
+    one is mended."""
     _, S, q = data(SYSTEMS[name](), 100_000, 4, seed=8)
     knots, value = recalibration(q[:3], S[:3])
     g = lambda r, *f: clamp([np.interp(x, *f) for x in r], S[3:])
@@ -343,12 +379,14 @@ def test_recalibration_does_no_harm(name):
     exact = cut_profiles(q[3:], S[3:]).t_max
     assert cut_profiles(g(q[3:], knots, value), S[3:]).t_max < exact + 1
     bent = [x**2 for x in q]
-    assert cut_profiles(g(bent[3:], *recalibration(bent[:3], S[:3])), S[3:]).t_max < .5 * cut_profiles(bent[3:], S[3:]).t_max
+    assert cut_profiles(g(bent[3:], *recalibration(bent[:3], S[:3])), S[3:]).t_max < .5 * cut_profiles(bent[3:],
+                                                                                                       S[3:]).t_max
 
 
 def test_calibrated_student_is_saved(walk, tmp_path):
     X, S, _ = walk
-    student = Student('mlp', calibrate=True, lstd=True, zq_weight=.01, reach=8, members=2, bagging=True, **FAST).fit(X[:2], S[:2], progress=False)
+    student = Student('mlp', calibrate=True, lstd=True, zq_weight=.01, reach=8, members=2, bagging=True,
+                      **FAST).fit(X[:2], S[:2], progress=False)
     student.save(tmp_path)
     again = Student.load(tmp_path)
     assert again == student and all((a == b).all() for a, b in zip(student.transform(X, S), again.transform(X, S)))
@@ -363,13 +401,15 @@ def test_spread(walk):
     with pytest.raises(ValueError, match='members'): Student('mlp', **FAST).fit(X, S, progress=False).spread(X)
     student = Student('mlp', members=3, bagging=True, **FAST).fit(X, S, progress=False)
     s, parts = student.spread(X, S), student._each(X)
-    assert all((a[f >= 0] == 0).all() and np.allclose(a[f < 0], p.std(0, ddof=1)[f < 0]) for a, f, p in zip(s, S, parts))
+    assert all((a[f >= 0] == 0).all() and np.allclose(a[f < 0], p.std(0, ddof=1)[f < 0])
+               for a, f, p in zip(s, S, parts))
 
 
 def test_a_window_finds_the_hidden_direction():
     "persist1d seen through x only: the present frame is not enough, a few frames are."
     X, S, q = data(persist1d(), 20_000, 3, seed=6, columns=slice(0, 1))
-    fit = lambda a: Student(a, differences=a == 'lstm', hidden=12, learning_rate=.01, max_epochs=10).fit(X[:2], S[:2], validation=(X[2:], S[2:]), progress=False)
+    fit = lambda a: Student(a, differences=a == 'lstm', hidden=12, learning_rate=.01, max_epochs=10).fit(X[:2], S[:2],
+        validation=(X[2:], S[2:]), progress=False)
     assert rmse(fit('lstm'), X[2:], S[2:], q[2:]) < 0.35 * rmse(fit('mlp'), X[2:], S[2:], q[2:])
 
 
@@ -385,11 +425,13 @@ if __name__ == '__main__':
 
 
 def test_two_devices_agree_with_one(tmp_path):
-    "Each process takes half of every batch, so the gradients, and the student, are the same up to rounding and one odd frame."
+    """Each process takes half of every batch, so the gradients, and the student, are the same up to rounding and one
+    odd frame."""
     (tmp_path / 'run.py').write_text(SCRIPT)
     r = []
     for n in (1, 2):
-        subprocess.run([sys.executable, 'run.py', str(n), '--out', f'{n}.npy'], cwd=tmp_path, check=True, timeout=300, capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+        subprocess.run([sys.executable, 'run.py', str(n), '--out', f'{n}.npy'], cwd=tmp_path, check=True, timeout=300,
+                       capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
         r.append(np.load(tmp_path / f'{n}.npy'))
     assert np.abs(r[0] - r[1]).max() < 1e-2 and r[0].std() > 1e-3
 

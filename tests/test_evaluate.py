@@ -14,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 
 from foldbook import evaluate
 from foldbook.baselines import IsotonicCommittor
-from foldbook.evaluate import (Candidate, Config, Run, Split, choose, free_energy, judge, leaderboard, markdown_table, over_seeds, read_leaderboard,
+from foldbook.evaluate import (Candidate, Config, Run, Split, choose, free_energy, judge, leaderboard, markdown_table,
+                               over_seeds, read_leaderboard,
                                replacing, shooting_error, split, write_readme)
 from foldbook.systems import lshape2d
 
@@ -31,7 +32,8 @@ def test_split_covers_each_trajectory_once_and_keeps_parts_apart(lengths, seed):
     used = [np.zeros(n, int) for n in lengths]
     for i, a, b in s.blocks: used[i][a:b] += 1
     assert all(u.max() == 1 for u in used)
-    if len(lengths) >= 3: assert all(u.min() == 1 for u in used) and sorted(i for i, _, _ in s.blocks) == list(range(len(lengths)))
+    if len(lengths) >= 3:
+        assert all(u.min() == 1 for u in used) and sorted(i for i, _, _ in s.blocks) == list(range(len(lengths)))
     else: assert all(np.flatnonzero(u == 0).size == 200 for u in used)
     assert Split.from_dict(json.loads(json.dumps(asdict(s)))) == s
 
@@ -76,7 +78,8 @@ def rows():
     x = [system.coordinates[p, 0] for p in path]
     mapped = IsotonicCommittor().fit(x, states).transform(x, states)
     shots = (np.concatenate(q)[::50], np.random.default_rng(0).binomial(10, np.concatenate(q)[::50]), np.full(2400, 10))
-    made = [Candidate('x', 'one-dimensional', mapped, states), Candidate('q', 'student', q, states, parameters=7, seconds=1., microseconds=2., shots=shots),
+    made = [Candidate('x', 'one-dimensional', mapped, states),
+            Candidate('q', 'student', q, states, parameters=7, seconds=1., microseconds=2., shots=shots),
             Candidate('seen', 'teacher', q, states, in_sample=True)]
     return [judge(c, n_bootstrap=20)[0] | dict(chosen=c.name == 'q') for c in made]
 
@@ -122,13 +125,17 @@ def test_free_energy_of_a_flat_diffusion():
 def test_rows_of_several_seeds_become_one(rows):
     from foldbook.evaluate import COLUMNS, _merged, cells, headline
     x, q, seen = rows
-    by_seed = [q | dict(t_max=t, log_loss=l, passed=t < 3, verdict='pass' if t < 3 else 'too steep', reason='' if t < 3 else 'T_max is large', t_max_per_lag=[t, t/2])
+    by_seed = [q | dict(t_max=t, log_loss=l, passed=t < 3, verdict='pass' if t < 3 else 'too steep',
+                        reason='' if t < 3 else 'T_max is large', t_max_per_lag=[t, t/2])
                for t, l in ((1.5, .31), (3.5, .30), (2., .32))]
     one = over_seeds(by_seed)
-    assert (one['t_max'], one['log_loss'], one['passed'], one['verdict'], one['seeds'], one['seeds_passed']) == (2., .31, True, 'pass', 3, 2)
-    assert one['t_max_seeds'] == [1.5, 3.5, 2.] and one['t_max_per_lag'] == [2., 1.] and one['t_max_per_lag_range'] == [[1.5, .75], [3.5, 1.75]]
+    assert (one['t_max'], one['log_loss'], one['passed'], one['verdict'], one['seeds'], one['seeds_passed']) == (2.,
+        .31, True, 'pass', 3, 2)
+    assert one['t_max_seeds'] == [1.5, 3.5, 2.] and one['t_max_per_lag'] == [2.,
+        1.] and one['t_max_per_lag_range'] == [[1.5, .75], [3.5, 1.75]]
     lost = over_seeds([by_seed[1], by_seed[1], by_seed[0]])
-    assert not lost['passed'] and (lost['verdict'], lost['reason'], lost['seeds_passed']) == ('too steep', 'T_max is large', 1)
+    assert not lost['passed'] and (lost['verdict'], lost['reason'], lost['seeds_passed']) == ('too steep', 'T_max is '
+        'large', 1)
     assert np.isnan(over_seeds([q, q | dict(rmse=np.nan)])['rmse']), 'a missing number is not hidden'
     merged = _merged([*by_seed, x, seen])
     assert [r['coordinate'] for r in merged] == ['q', 'x', 'seen'] and merged[1]['seeds'] == 1 and choose(merged) == 'q'
@@ -143,7 +150,8 @@ def test_rows_of_several_seeds_become_one(rows):
 def test_jobs_of_a_run():
     from foldbook.evaluate import _jobs, _slug
     jobs = _jobs(Config(seeds=3, students=('lstm:martingale',), baselines=('logistic', 'msm')))
-    assert jobs == ['lstm:martingale', 'logistic', 'msm', 'lstm:martingale seed 1', 'msm seed 1', 'lstm:martingale seed 2', 'msm seed 2']
+    assert jobs == ['lstm:martingale', 'logistic', 'msm', 'lstm:martingale seed 1', 'msm seed 1', 'lstm:martingale '
+                    'seed 2', 'msm seed 2']
     assert _slug(jobs[-2]) == 'lstm_martingale_seed_2' and len(set(map(_slug, jobs))) == len(jobs)
 
 
@@ -162,7 +170,8 @@ def test_a_run_directory_refuses_another_configuration(tmp_path):
     job = Run(Config(seed=1), tmp_path/'r', say=lambda line: None)
     job.stage('states', dict)
     job.close()
-    with pytest.raises(ValueError, match='lag: 10 before, 20 now.*--overwrite'): Run(Config(seed=1, lag=20), tmp_path/'r')
+    with pytest.raises(ValueError, match='lag: 10 before, 20 now.*--overwrite'):
+        Run(Config(seed=1, lag=20), tmp_path/'r')
     Run(Config(seed=1, lag=20), tmp_path/'r', overwrite=True).close()
     Run(Config(seed=1, lag=20), tmp_path/'r').close()
 
@@ -206,7 +215,8 @@ def test_readme(tmp_path, rows):
 # --- figures and words -------------------------------------------------------------------------------------------
 def test_figures_show_what_they_are_given(rows):
     import matplotlib.pyplot as plt
-    from foldbook.evaluate import (figure_calibration, figure_free_energy, figure_ladder, figure_learning, figure_profiles, figure_series, figure_shooting)
+    from foldbook.evaluate import (figure_calibration, figure_free_energy, figure_ladder, figure_learning,
+                                   figure_profiles, figure_series, figure_shooting)
     system = lshape2d()
     path = system.sample(40_000, 2, seed=1)
     states, q = [system.states[p] for p in path], [system.committor[p] for p in path]
@@ -218,7 +228,8 @@ def test_figures_show_what_they_are_given(rows):
     assert len(drawn(figure_calibration([c, c]))) == 1
     assert len(drawn(figure_free_energy(q, 'q'))) == 2
     assert [a.get_title() for a in drawn(figure_series(q, states, names=['one', 'two']))] == ['one', 'two']
-    assert [a.get_title() for a in drawn(figure_learning(dict(a=dict(epoch=[0, 1], log_loss=[1, .5], t_max=[3, 2]))))] == ['log loss', 't max']
+    assert [a.get_title() for a in drawn(figure_learning(dict(a=dict(epoch=[0, 1], log_loss=[1, .5],
+                                                                     t_max=[3, 2]))))] == ['log loss', 't max']
     assert 'RMSE' in drawn(figure_shooting([c]))[0].get_title()
     plt.close('all')
 
@@ -226,7 +237,8 @@ def test_figures_show_what_they_are_given(rows):
 def test_headline_says_pass_or_fail_and_why(rows):
     from foldbook.evaluate import headline
     table = leaderboard(rows)
-    assert 'q, chosen on the validation part, PASSES' in headline(table, 'q') and 'The best order parameter, slow mode or regression by log-loss, x,' in headline(table, 'q')
+    assert 'q, chosen on the validation part, PASSES' in headline(table,
+        'q') and 'The best order parameter, slow mode or regression by log-loss, x,' in headline(table, 'q')
     assert 'FAILS' in headline(table, 'x') and 'Reason: T_max is' in headline(table, 'x')
 
 
@@ -267,7 +279,8 @@ def test_features_with_a_stride_alone_and_on_a_cluster(tmp_path):
     job = lambda name, **o: Run(Config(features='Q + RMSD', **o), tmp_path/name, say=lambda line: None)
     assert _features(all_of_them := job('all'), inputs)['lengths'] == [10_000, 10_000]
     assert _features(few := job('few', stride=7, max_frames=300), inputs)['lengths'] == [300, 300]
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster, Client(cluster) as client:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False,
+                      dashboard_address=None) as cluster, Client(cluster) as client:
         _features(far := job('far', stride=7, max_frames=300), inputs, client)
     for a, b, c in zip(all_of_them.load('features'), few.load('features'), far.load('features')):
         assert np.array_equal(a[::7][:300], b) and np.array_equal(b, c)
@@ -276,8 +289,10 @@ def test_features_with_a_stride_alone_and_on_a_cluster(tmp_path):
 def test_shots_are_found_at_their_frames(tmp_path):
     from foldbook.evaluate import Inputs, _shots
     inputs = Inputs('a', [], tmp_path, tmp_path, '', '', 1., 1., tmp_path/'shooting.npz', '')
-    np.savez(inputs.shooting, trajectory=[2, 2, 0, 2], frame=[4, 6, 6, 9], outcomes=[[1, 0, -1], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
-    for stride, values, hits, shots in ((1, [4, 6, 9], [1, 3, 2], [2, 3, 3]), (2, [2, 3], [1, 3], [2, 3]), (5, [], [], [])):
+    np.savez(inputs.shooting, trajectory=[2, 2, 0, 2], frame=[4, 6, 6, 9],
+             outcomes=[[1, 0, -1], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
+    for stride, values, hits, shots in ((1, [4, 6, 9], [1, 3, 2], [2, 3, 3]), (2, [2, 3], [1, 3], [2, 3]),
+                                        (5, [], [], [])):
         job = Run(Config(stride=stride), tmp_path/f'r{stride}', say=lambda line: None)
         evaluate.write_json(job.path/'split.json', asdict(split([20]*3)))
         job.save('r/x', [np.arange(20.)]*3)

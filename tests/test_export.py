@@ -14,8 +14,10 @@ from scipy.stats import norm
 
 from foldbook import data, features, simulation
 from foldbook.distill import Student
-from foldbook.export import (SMOOTH, Deployed, PairTerms, evaluate_features, openmm_force, pair_terms, plumed_input, position_gradient,
-                             python_force, responses, run_biased, slope, umbrella_free_energy, unbiased_weights, weighted_free_energy, write_onnx, write_torchscript)
+from foldbook.export import (SMOOTH, Deployed, PairTerms, evaluate_features, openmm_force, pair_terms, plumed_input,
+                             position_gradient,
+                             python_force, responses, run_biased, slope, umbrella_free_energy, unbiased_weights,
+                             weighted_free_energy, write_onnx, write_torchscript)
 
 
 @pytest.fixture(scope='module')
@@ -28,17 +30,20 @@ def villin():
     rng = np.random.default_rng(0)
     S = [np.where(np.arange(len(t)) % 10 == 0, rng.integers(0, 2, len(t)), -1).astype(np.int8)]
     teacher = [expit(8 * (X[0][:, 0] - X[0][:, 0].mean()) + X[0][:, 1])]
-    student = Student('mlp', 'teacher_cross_entropy', hidden=6, keep=2, max_epochs=3, seed=1).fit(X, S, teacher, progress=False)
+    student = Student('mlp', 'teacher_cross_entropy', hidden=6, keep=2, max_epochs=3, seed=1).fit(X, S, teacher,
+                                                                                                  progress=False)
     terms = pair_terms(rule.features, model.native)
     atoms = terms.atoms(model.native.topology)
     xyz = t.xyz[::150].astype(float)
     distances = np.linalg.norm(xyz[:, atoms[:, 0]] - xyz[:, atoms[:, 1]], axis=-1)
-    return dict(model=model, native=model.native, rule=rule, X=X, S=S, teacher=teacher, student=student, terms=terms, atoms=atoms, xyz=xyz, d=distances,
+    return dict(model=model, native=model.native, rule=rule, X=X, S=S, teacher=teacher, student=student, terms=terms,
+                atoms=atoms, xyz=xyz, d=distances,
                 deployed=Deployed(student, terms), frames=t[::150])
 
 
 def test_features_from_distances_are_those_of_the_featurizer(villin):
-    np.testing.assert_allclose(evaluate_features(villin['d'], villin['terms']), villin['rule'](villin['frames']), atol=2e-5)
+    np.testing.assert_allclose(evaluate_features(villin['d'], villin['terms']), villin['rule'](villin['frames']),
+                               atol=2e-5)
     native = villin['rule'](villin['native'])
     atoms, x = villin['atoms'], villin['native'].xyz[0].astype(float)
     at_home = np.linalg.norm(x[atoms[:, 0]] - x[atoms[:, 1]], axis=1)[None]
@@ -51,15 +56,18 @@ def test_slopes_of_the_responses_at_any_distance(d, native):
     terms, h = PairTerms((('A', 'B'),), np.array([native]), *np.zeros((3, 1, 1))), 1e-6
     c, s, dc, ds = (float(x[0]) for x in responses(np.array([d]), terms))
     up, down = responses(np.array([d + h]), terms), responses(np.array([d - h]), terms)
-    assert dc == pytest.approx((up[0] - down[0])[0] / (2 * h), abs=1e-4) and ds == pytest.approx((up[1] - down[1])[0] / (2 * h), abs=1e-5)
+    assert dc == pytest.approx((up[0] - down[0])[0] / (2 * h),
+                               abs=1e-4) and ds == pytest.approx((up[1] - down[1])[0] / (2 * h), abs=1e-5)
     assert 0 <= c <= 1 and 0 <= s <= 1 and dc <= 0 and ds <= 0
-    for a, b in zip(responses(torch.tensor([d], dtype=torch.float64), terms, torch), (c, s, dc, ds)): assert a.item() == pytest.approx(b, abs=1e-12)
+    for a, b in zip(responses(torch.tensor([d], dtype=torch.float64), terms, torch), (c, s, dc, ds)):
+        assert a.item() == pytest.approx(b, abs=1e-12)
 
 
 def test_the_deployed_model_is_the_student_and_its_slope_that_of_autograd(villin):
     d = torch.tensor(villin['d'], requires_grad=True)
     r, z = villin['deployed'](d).T
-    np.testing.assert_allclose(r.detach(), villin['student'].transform([villin['rule'](villin['frames'])])[0], atol=1e-5)
+    np.testing.assert_allclose(r.detach(), villin['student'].transform([villin['rule'](villin['frames'])])[0],
+                               atol=1e-5)
     by_hand = slope(villin['deployed'].numpy(), villin['d'], villin['terms'])
     np.testing.assert_allclose(by_hand[0], z.detach(), atol=1e-12)
     np.testing.assert_allclose(by_hand[1], torch.autograd.grad(z.sum(), d)[0], atol=1e-12)
@@ -81,7 +89,8 @@ def test_gradient_with_respect_to_features_is_that_of_the_network(villin):
 def test_gradient_with_respect_to_positions_is_a_finite_difference_and_moves_nothing_as_a_whole(villin):
     x, h = villin['xyz'][3], 1e-6
     _, g = position_gradient(villin['deployed'], x, villin['atoms'])
-    moved = lambda sign: np.array([position_gradient(villin['deployed'], x + sign * h * e.reshape(x.shape), villin['atoms'])[0] for e in np.eye(x.size)])
+    moved = lambda sign: np.array([position_gradient(villin['deployed'], x + sign * h * e.reshape(x.shape),
+                                                     villin['atoms'])[0] for e in np.eye(x.size)])
     np.testing.assert_allclose(g.ravel(), (moved(1) - moved(-1)) / (2 * h), atol=1e-6)
     np.testing.assert_allclose(g.sum(0), 0, atol=1e-12)
     np.testing.assert_allclose(np.cross(x, g).sum(0), 0, atol=1e-11) # nor turns it
@@ -109,7 +118,8 @@ def test_torchscript_behaves_as_plumed_expects(villin, tmp_path):
 
 def test_onnx_gives_values_and_gradients_for_any_number_of_frames(villin, tmp_path):
     ort = pytest.importorskip('onnxruntime')
-    session = ort.InferenceSession(str(write_onnx(villin['deployed'], tmp_path / 'model.onnx')), providers=['CPUExecutionProvider'])
+    session = ort.InferenceSession(str(write_onnx(villin['deployed'], tmp_path / 'model.onnx')),
+                                   providers=['CPUExecutionProvider'])
     assert sorted(p.name for p in tmp_path.iterdir()) == ['model.onnx'] # one file, nothing beside it
     z, g = slope(villin['deployed'].numpy(), villin['d'], villin['terms'])
     for n in (1, 2, len(z)):
@@ -132,7 +142,8 @@ def alone(force, n, xyz):
 @pytest.mark.parametrize('make', ['expression', 'python'])
 def test_openmm_energy_and_forces(villin, make):
     top = villin['native'].topology
-    force = openmm_force(villin['deployed'], top, kappa=3., centre=-.7) if make == 'expression' else python_force(villin['deployed'], top, 3., -.7)
+    force = openmm_force(villin['deployed'], top, kappa=3.,
+                         centre=-.7) if make == 'expression' else python_force(villin['deployed'], top, 3., -.7)
     for x, (energy, f, context) in zip(villin['xyz'], alone(force, top.n_atoms, villin['xyz'])):
         z, g = position_gradient(villin['deployed'], x, villin['atoms'])
         assert energy == pytest.approx(1.5 * (z + .7)**2, abs=1e-5)
@@ -176,17 +187,21 @@ def test_far_apart_is_not_an_overflow(villin, tmp_path):
 def test_plumed_input_defines_what_it_uses_and_counts_from_one(villin):
     terms, top = villin['terms'], villin['native'].topology
     for bias in ('RESTRAINT', 'METAD', ''):
-        lines = [re.sub(r'\s*#.*', '', l) for l in plumed_input(terms, top, 'a.ptc', bias=bias, at=2.2, kappa=7).splitlines()]
+        lines = [re.sub(r'\s*#.*', '', l) for l in plumed_input(terms, top, 'a.ptc', bias=bias, at=2.2,
+                                                                kappa=7).splitlines()]
         defined, pairs = set(), []
         for line in filter(None, lines):
             label, _, rest = line.rpartition(': ')
             for arg in re.findall(r'ARG=(\S+)', rest):
                 for a in arg.split(','): assert a.split('.')[0] in defined, f'{a} is used before it is defined'
-            if label: assert label not in defined; defined.add(label)
+            if label:
+                assert label not in defined
+                defined.add(label)
             pairs += [tuple(map(int, m)) for m in re.findall(r'DISTANCE ATOMS=(\d+),(\d+)', rest)]
         np.testing.assert_array_equal(np.array(pairs) - 1, villin['atoms']) # in the order of the model's input
         model, = [l for l in lines if 'PYTORCH_MODEL' in l]
-        assert re.search(r'ARG=(\S+)', model)[1].split(',') == [f'd{k + 1}' for k in range(len(pairs))] and 'FILE=a.ptc' in model
+        assert re.search(r'ARG=(\S+)', model)[1].split(',') == [f'd{k + 1}'
+                                                                for k in range(len(pairs))] and 'FILE=a.ptc' in model
         assert ('bias' in defined) == bool(bias) and any(l.startswith('PRINT') for l in lines)
     assert 'AT=2.2 KAPPA=7' in plumed_input(terms, top, at=2.2, kappa=7)
     with pytest.raises(ValueError, match="bias='WALL'"): plumed_input(terms, top, bias='WALL')
@@ -199,20 +214,24 @@ def test_atoms_are_found_by_name_in_another_topology(villin):
     r = shifted.add_residue('HOH', c, resSeq=900)
     for name in ('O', 'H1'): shifted.add_atom(name, md.element.oxygen, r)
     protein = shifted.add_chain()
-    for residue in top.residues: shifted.add_atom('CA', md.element.carbon, shifted.add_residue(residue.name, protein, resSeq=residue.resSeq))
+    for residue in top.residues:
+        shifted.add_atom('CA', md.element.carbon, shifted.add_residue(residue.name, protein, resSeq=residue.resSeq))
     np.testing.assert_array_equal(villin['terms'].atoms(shifted), villin['atoms'] + 2)
 
 
 def test_what_cannot_be_exported_is_refused_with_a_cure(villin):
-    fit = lambda *a, **k: Student(*a, max_epochs=1, hidden=4, **k).fit(villin['X'], villin['S'], villin['teacher'], progress=False)
+    fit = lambda *a, **k: Student(*a, max_epochs=1, hidden=4, **k).fit(villin['X'], villin['S'], villin['teacher'],
+                                                                       progress=False)
     with pytest.raises(ValueError, match='memoryless'): Deployed(fit('lstm', 'teacher_mse'), villin['terms'])
     with pytest.raises(ValueError, match='members=1'): Deployed(fit('mlp', 'teacher_mse', members=2), villin['terms'])
     with pytest.raises(ValueError, match='or not trained'): Deployed(Student('mlp'), villin['terms'])
     rule = features.named('Q + RMSD', villin['native'])
     with pytest.raises(ValueError, match="feature 'Q' is not a smooth sum"): pair_terms(rule.features, villin['native'])
-    with pytest.raises(ValueError, match='needs the columns of its contacts'): pair_terms(features.named('Q_soft', villin['native']).features, villin['native'])
+    with pytest.raises(ValueError, match='needs the columns of its contacts'):
+        pair_terms(features.named('Q_soft', villin['native']).features, villin['native'])
     heavy = features.named('Q_soft + contacts', villin['native']).features
-    other = features.Features(heavy.names, heavy.units, (heavy.atoms[0] + ('LEU1-CB',),) + heavy.atoms[1:]) # as of an all-atom structure
+    # as of an all-atom structure
+    other = features.Features(heavy.names, heavy.units, (heavy.atoms[0] + ('LEU1-CB',),) + heavy.atoms[1:])
     with pytest.raises(ValueError, match='between C-alphas'): pair_terms(other, villin['native'])
     few = pair_terms(features.named('contact_distances', villin['native']).features, villin['native'])
     with pytest.raises(ValueError, match='the terms describe'): Deployed(villin['student'], few)
@@ -281,7 +300,8 @@ def test_the_stored_umbrella_run_agrees_with_the_unbiased_trajectories():
     edges, counts = np.array(stored['edges']), np.array(stored['shipped'], float)
     middle = (edges[1:] + edges[:-1]) / 2
     assert counts.shape == (8, len(edges) - 1) and counts.sum() > 75_000
-    F, error = umbrella_free_energy([np.array(w) for w in stored['windows']], stored['centres'], stored['kappa_kT'], edges)
+    F, error = umbrella_free_energy([np.array(w) for w in stored['windows']], stored['centres'], stored['kappa_kT'],
+                                    edges)
     each = np.array([weighted_free_energy(middle, edges, counts.sum(0) - h) for h in counts])
     G, G_error = weighted_free_energy(middle, edges, counts.sum(0)), np.sqrt(7 * each.var(0))
     assert np.sqrt(np.mean((F - G)**2 / (error**2 + G_error**2))) < 2 and np.abs(F - G).max() < 1

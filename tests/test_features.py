@@ -44,12 +44,18 @@ ORACLES = {
     'RMSD': lambda t, n: md.rmsd(beads(t), beads(n))[:, None],
     'Rg': lambda t, n: md.compute_rg(beads(t))[:, None],
     'SASA': lambda t, n: np.array([md.shrake_rupley(x).sum() for x in t])[:, None],
-    'secondary_structure': lambda t, n: (lambda s: np.c_[(s == 'H').mean(1), (s == 'E').mean(1)])(md.compute_dssp(t, simplified=True)),
-    'ca_distances': lambda t, n: md.compute_contacts(t, [(i, j) for i in range(14) for j in range(i+3, 14)], scheme='ca', periodic=False)[0],
-    'heavy_distances': lambda t, n: md.compute_contacts(t, ft.native_contacts(n), scheme='closest-heavy', periodic=False)[0],
+    'secondary_structure': lambda t, n: (lambda s: np.c_[(s == 'H').mean(1), (s == 'E').mean(1)])(md.compute_dssp(t,
+        simplified=True)),
+    'ca_distances': lambda t, n: md.compute_contacts(t, [(i, j) for i in range(14) for j in range(i+3, 14)],
+                                                     scheme='ca', periodic=False)[0],
+    'heavy_distances': lambda t, n: md.compute_contacts(t, ft.native_contacts(n), scheme='closest-heavy',
+                                                        periodic=False)[0],
     'coordinates': lambda t, n: beads(t).superpose(beads(n)).xyz.reshape(len(t), -1),
     'end_to_end': lambda t, n: md.compute_contacts(t, [(0, 13)], scheme='ca', periodic=False)[0],
-    'chi': lambda t, n: (lambda a: np.hstack([np.cos(a), np.sin(a)]))(np.hstack([f(t, periodic=False)[1] for f in (md.compute_chi1, md.compute_chi2, md.compute_chi3, md.compute_chi4)])),
+    'chi': lambda t, n: (lambda a: np.hstack([np.cos(a),
+                                              np.sin(a)]))(np.hstack([f(t, periodic=False)[1]
+                                                  for f in (md.compute_chi1, md.compute_chi2, md.compute_chi3,
+                                                            md.compute_chi4)])),
 }
 
 
@@ -66,7 +72,8 @@ def test_fraction_native_against_float64(shaken, native):
     np.testing.assert_allclose(ft.fraction_native(native)(shaken)[:, 0], (d < 1.2*d0).mean(1), atol=1e-6)
     soft = ft.contacts(native)(shaken)
     np.testing.assert_allclose(soft, np.exp(-np.maximum(d - d0, 0)**2/0.02), atol=2e-5)
-    np.testing.assert_allclose(ft.soft_fraction_native(native, pairs)(shaken)[:, 0], (1/(1 + np.exp(50*(d - 1.2*d0)))).mean(1), atol=2e-5)
+    np.testing.assert_allclose(ft.soft_fraction_native(native, pairs)(shaken)[:, 0],
+                               (1/(1 + np.exp(50*(d - 1.2*d0)))).mean(1), atol=2e-5)
 
 
 def test_pseudo_angles_against_float64(shaken, native):
@@ -82,7 +89,8 @@ def test_tica_of_deeptime_takes_our_arrays(shaken, native):
     from deeptime.decomposition import TICA
     x = (ft.ca_distances(native) + ft.rmsd(native))(shaken)
     y = TICA(lagtime=1, dim=1).fit_fetch(x.astype(float)).transform(x.astype(float))
-    ours = md.compute_contacts(shaken, [(i, j) for i in range(14) for j in range(i+3, 14)], scheme='ca', periodic=False)[0]
+    ours = md.compute_contacts(shaken, [(i, j) for i in range(14) for j in range(i+3, 14)], scheme='ca',
+                               periodic=False)[0]
     ours = np.c_[ours, md.rmsd(beads(shaken), beads(native))].astype(float)
     reference = TICA(lagtime=1, dim=1).fit_fetch(ours).transform(ours)
     np.testing.assert_allclose(np.abs(np.corrcoef(y[:, 0], reference[:, 0])[0, 1]), 1, atol=1e-6)
@@ -114,7 +122,8 @@ def test_sums_and_chunks(folder, native, shaken, names, chunk):
 def test_client_and_several_files(folder, native, shaken):
     from distributed import Client, LocalCluster
     files = [folder/'shaken.xtc']*2
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster, Client(cluster) as client:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False,
+                      dashboard_address=None) as cluster, Client(cluster) as client:
         ours, _ = ft.stream(files, folder/'native.pdb', ft.default(native), client=client)
     plain, _ = ft.stream(files, folder/'native.pdb', ft.default(native), progress=False)
     np.testing.assert_array_equal(ours, plain)
@@ -128,27 +137,34 @@ def broken(t, how):
     return t
 
 
-@pytest.mark.parametrize('how, message', [('nan', 'frame 7, atom ALA1-O.*not a number'), ('angstrom', 'divide them by 10'), ('split', 'frame 9.*split across the box')])
+@pytest.mark.parametrize('how, message', [('nan', 'frame 7, atom ALA1-O.*not a number'),
+    ('angstrom', 'divide them by 10'), ('split', 'frame 9.*split across the box')])
 def test_bad_coordinates_are_named(how, message, folder, native, shaken):
     path = folder/f'{how}.dcd'
     broken(shaken, how).save_dcd(str(path))
     with pytest.raises(ValueError, match=f'{how}.dcd.*{message}'):
-        ft.stream(path, folder/'native.pdb', ft.fraction_native(native), chunk=5 if how == 'split' else 1000, progress=False)
+        ft.stream(path, folder/'native.pdb', ft.fraction_native(native), chunk=5 if how == 'split' else 1000,
+                  progress=False)
 
 
 def test_wrong_topology_and_truncated_files(folder, native, shaken):
     beads(shaken).save_xtc(str(folder/'beads.xtc'))
-    with pytest.raises(ValueError, match='beads.xtc'): ft.stream(folder/'beads.xtc', folder/'native.pdb', ft.fraction_native(native), progress=False)
+    with pytest.raises(ValueError, match='beads.xtc'):
+        ft.stream(folder/'beads.xtc', folder/'native.pdb', ft.fraction_native(native), progress=False)
     whole = (folder/'shaken.xtc').read_bytes()
     (folder/'cut.xtc').write_bytes(whole[:len(whole)*2//3])
-    with pytest.raises(ValueError, match='cut.xtc'): ft.stream(folder/'cut.xtc', folder/'native.pdb', ft.fraction_native(native), progress=False)
-    with pytest.raises(FileNotFoundError, match='none.xtc'): ft.stream(folder/'none.xtc', folder/'native.pdb', ft.fraction_native(native), progress=False)
+    with pytest.raises(ValueError, match='cut.xtc'):
+        ft.stream(folder/'cut.xtc', folder/'native.pdb', ft.fraction_native(native), progress=False)
+    with pytest.raises(FileNotFoundError, match='none.xtc'):
+        ft.stream(folder/'none.xtc', folder/'native.pdb', ft.fraction_native(native), progress=False)
     other = native.atom_slice([a.index for a in native.topology.atoms if a.residue.index < 9])
-    with pytest.raises(ValueError, match='not the same protein'): ft.stream(folder/'shaken.xtc', folder/'native.pdb', ft.rmsd(other), progress=False)
+    with pytest.raises(ValueError, match='not the same protein'):
+        ft.stream(folder/'shaken.xtc', folder/'native.pdb', ft.rmsd(other), progress=False)
 
 
 def test_other_faults(native):
-    with pytest.raises(KeyError, match='Q_soft'): (ft.fraction_native(native) + ft.soft_fraction_native(native)).features.index('Q_sotf')
+    with pytest.raises(KeyError, match='Q_soft'):
+        (ft.fraction_native(native) + ft.soft_fraction_native(native)).features.index('Q_sotf')
     with pytest.raises(ValueError, match='unknown dihedrals'): ft.dihedrals(native, ('alpha',))
     with pytest.raises(ValueError, match='C-alpha'): ft.ca_atoms(native.atom_slice([0, 2, 3]).topology)
     spread = md.Trajectory(native.xyz*100, native.topology)
@@ -182,7 +198,8 @@ def test_soft_and_hard_heavy_contacts(shaken, native):
     pairs = ft.native_contacts(native)
     d = md.compute_contacts(shaken, pairs, scheme='closest-heavy', periodic=False)[0].astype(float)
     np.testing.assert_array_equal(ft.heavy_contacts(native)(shaken), d < 0.45)
-    np.testing.assert_allclose(ft.heavy_contacts(native, width=0.1)(shaken), np.exp(-np.maximum(d - 0.45, 0)**2/0.02), atol=1e-5)
+    np.testing.assert_allclose(ft.heavy_contacts(native, width=0.1)(shaken), np.exp(-np.maximum(d - 0.45, 0)**2/0.02),
+                               atol=1e-5)
     with pytest.raises(ValueError, match='C-alphas only'): ft.heavy_contacts(beads(native))
 
 
@@ -199,7 +216,8 @@ def test_q_is_that_of_the_model():
     wanted = native_fraction(model, t.xyz)
     for native in (villin.topology, model):
         found = ft.named('Q', native)(t)[:, 0]
-        assert abs(found - wanted).max() < 1.5/75 and (abs(found - wanted) > 1e-6).mean() < 0.01 # one contact at the very limit, positions being rounded
+        # one contact at the very limit, positions being rounded
+        assert abs(found - wanted).max() < 1.5/75 and (abs(found - wanted) > 1e-6).mean() < 0.01
 
 
 def shuffled(t, seed=0):
@@ -210,7 +228,8 @@ def shuffled(t, seed=0):
         new = top.add_residue(r.name, chain, r.resSeq)
         for i in rng.permutation([a.index for a in r.atoms]):
             a = t.topology.atom(int(i))
-            top.add_atom({'OXT': 'OT2'}.get(a.name, 'CD' if (r.name, a.name) == ('ILE', 'CD1') else a.name), a.element, new)
+            top.add_atom({'OXT': 'OT2'}.get(a.name, 'CD' if (r.name, a.name) == ('ILE', 'CD1') else a.name), a.element,
+                         new)
             order.append(i)
     return md.Trajectory(t.xyz[:, order], top)
 
@@ -257,7 +276,8 @@ def test_whole_frames_of_a_cut_file_can_be_used(folder, native, shaken):
     data = (folder/'shaken.xtc').read_bytes()
     (folder/'cut2.xtc').write_bytes(data[:len(data)//2])
     f = ft.default(native)
-    with pytest.warns(UserWarning, match='cut2.xtc: frame 7[0-9]'): (x,), _ = ft.stream(folder/'cut2.xtc', folder/'native.pdb', f, chunk=50, damaged='skip', progress=False)
+    with pytest.warns(UserWarning, match='cut2.xtc: frame 7[0-9]'):
+        (x,), _ = ft.stream(folder/'cut2.xtc', folder/'native.pdb', f, chunk=50, damaged='skip', progress=False)
     np.testing.assert_allclose(x, f(shaken)[:len(x)], atol=1e-5)
     assert 70 < len(x) < 76
 
@@ -267,7 +287,9 @@ def test_damaged_frames_are_counted(folder, native, shaken):
     t.xyz[20, 3:5], t.xyz[60] = np.inf, np.nan
     t.save_netcdf(str(folder/'three.nc'))
     f = ft.default(native)
-    with pytest.warns(UserWarning, match='frame 7, atom'): x, described = ft.stream([folder/'three.nc', folder/'shaken.xtc'], folder/'native.pdb', f, damaged='skip', progress=False)
+    with pytest.warns(UserWarning, match='frame 7, atom'):
+        x, described = ft.stream([folder/'three.nc', folder/'shaken.xtc'], folder/'native.pdb', f, damaged='skip',
+                                 progress=False)
     assert described.skipped == (3, 0) and ft.Features.from_json(described.to_json()) == described
     np.testing.assert_allclose(x[0], f(shaken)[np.setdiff1d(np.arange(150), (7, 20, 60))], atol=1e-5)
     with pytest.raises(ValueError, match='raise or skip'): ft.stream([folder/'three.nc'], native, f, damaged='ignore')
@@ -288,30 +310,36 @@ def test_excerpt_of_a_dcd_is_no_damage(folder, native, shaken):
     data = bytearray((folder/'excerpt.dcd').read_bytes())
     data[8:12] = (1000).to_bytes(4, 'little')
     (folder/'excerpt.dcd').write_bytes(data)
-    with pytest.warns(UserWarning, match='promises 1000 frames, the file has 150'): (x,), _ = ft.stream(folder/'excerpt.dcd', native, ft.rmsd(native), progress=False)
+    with pytest.warns(UserWarning, match='promises 1000 frames, the file has 150'):
+        (x,), _ = ft.stream(folder/'excerpt.dcd', native, ft.rmsd(native), progress=False)
     assert len(x) == 150
 
 
-@pytest.mark.parametrize('factor, message', [(10, 'look like ångströms; divide them by 10'), (0.1, 'divided by 10 once too often'), (0, 'divided by 10 once too often')])
+@pytest.mark.parametrize('factor, message', [(10, 'look like ångströms; divide them by 10'),
+    (0.1, 'divided by 10 once too often'), (0, 'divided by 10 once too often')])
 @pytest.mark.parametrize('atoms', ['all', 'beads', 'two'])
 def test_units(folder, native, shaken, factor, message, atoms):
     top = native.topology
-    keep = {'all': np.arange(native.n_atoms), 'beads': ft.ca_atoms(top), 'two': [a.index for a in top.atoms if a.residue.index < 2]}[atoms]
+    keep = {'all': np.arange(native.n_atoms), 'beads': ft.ca_atoms(top),
+            'two': [a.index for a in top.atoms if a.residue.index < 2]}[atoms]
     t = md.Trajectory(shaken.xyz[:, keep]*factor, top.subset(keep))
     t.save_xtc(str(folder/'units.xtc'))
     f = ft.radius_of_gyration(t)
-    with pytest.raises(ValueError, match=f'units.xtc: frame 0, atom [A-Z0-9]+-CA?.*{message}'): ft.stream(folder/'units.xtc', t, f, progress=False)
+    with pytest.raises(ValueError, match=f'units.xtc: frame 0, atom [A-Z0-9]+-CA?.*{message}'):
+        ft.stream(folder/'units.xtc', t, f, progress=False)
 
 
 def test_stripped_trajectory_with_the_topology_of_the_wet_one(folder, native, shaken):
     top = native.topology.copy()
     chain = top.add_chain()
     for _ in range(5): top.add_atom('O', md.element.oxygen, top.add_residue('HOH', chain))
-    with pytest.warns(UserWarning, match='as many as the protein alone'): (x,), _ = ft.stream(folder/'shaken.xtc', top, ft.rmsd(native), progress=False)
+    with pytest.warns(UserWarning, match='as many as the protein alone'):
+        (x,), _ = ft.stream(folder/'shaken.xtc', top, ft.rmsd(native), progress=False)
     np.testing.assert_allclose(x, ft.rmsd(native)(shaken), atol=1e-5)
     wet = md.Trajectory(np.concatenate([shaken.xyz, np.ones((150, 5, 3))], 1), top)
     wet.save_xtc(str(folder/'wet.xtc'))
-    with pytest.raises(ValueError, match='has 125 atoms, the topology 120'): ft.fitting_topology(folder/'wet.xtc', native.topology)
+    with pytest.raises(ValueError, match='has 125 atoms, the topology 120'):
+        ft.fitting_topology(folder/'wet.xtc', native.topology)
     (y,), _ = ft.stream(folder/'wet.xtc', wet, ft.named('default', wet[0]), progress=False)
     assert y.shape[0] == 150
 
@@ -319,7 +347,8 @@ def test_stripped_trajectory_with_the_topology_of_the_wet_one(folder, native, sh
 def dimer(t):
     "Two copies side by side."
     top = t.topology.join(t.topology)
-    return md.Trajectory(np.concatenate([t.xyz, t.xyz + np.float32([1.6, 0, 0])], 1), top, unitcell_lengths=np.full((len(t), 3), 5.), unitcell_angles=np.full((len(t), 3), 90.))
+    return md.Trajectory(np.concatenate([t.xyz, t.xyz + np.float32([1.6, 0, 0])], 1), top,
+                         unitcell_lengths=np.full((len(t), 3), 5.), unitcell_angles=np.full((len(t), 3), 90.))
 
 
 def test_two_chains_and_the_box(folder, native, shaken):
@@ -331,12 +360,15 @@ def test_two_chains_and_the_box(folder, native, shaken):
     assert sum(n.startswith('cos theta') for n in f.features.names) == 2*11 # none across the gap
     moving.save_xtc(str(folder/'two.xtc'))
     (x,), _ = ft.stream(folder/'two.xtc', folder/'two.pdb', f, progress=False)
-    wrapped = md.Trajectory((moving.xyz + 4.4) % 5., moving.topology, unitcell_lengths=moving.unitcell_lengths, unitcell_angles=moving.unitcell_angles)
+    wrapped = md.Trajectory((moving.xyz + 4.4) % 5., moving.topology, unitcell_lengths=moving.unitcell_lengths,
+                            unitcell_angles=moving.unitcell_angles)
     wrapped.save_xtc(str(folder/'wrapped.xtc'))
-    with pytest.raises(ValueError, match='wrapped.xtc: frame 0.*split across the box'): ft.stream(folder/'wrapped.xtc', folder/'two.pdb', f, progress=False)
+    with pytest.raises(ValueError, match='wrapped.xtc: frame 0.*split across the box'):
+        ft.stream(folder/'wrapped.xtc', folder/'two.pdb', f, progress=False)
     (y,), _ = ft.stream(folder/'wrapped.xtc', folder/'two.pdb', f, periodic=True, progress=False)
     np.testing.assert_allclose(x, y, atol=0.03) # xtc keeps 0.001 nm
-    with pytest.raises(ValueError, match='none in this file|has none'): ft.stream(folder/'shaken.xtc', native, ft.rmsd(native), periodic=True, progress=False)
+    with pytest.raises(ValueError, match='none in this file|has none'):
+        ft.stream(folder/'shaken.xtc', native, ft.rmsd(native), periodic=True, progress=False)
 
 
 def test_coinciding_atoms_do_not_end_the_process(native):
@@ -352,13 +384,16 @@ def test_more_faults(folder, native, shaken):
     for name in ('empty.xtc', 'text.dcd'):
         with pytest.raises(ValueError, match=f'{name}: frame 0'): ft.stream(folder/name, native, f, progress=False)
     with pytest.raises(FileNotFoundError, match='none.pdb'): ft.stream(folder/'shaken.xtc', 'none.pdb', f)
-    with pytest.raises(ValueError, match='no topology can be read'): ft.stream(folder/'shaken.xtc', folder/'shaken.xtc', f)
+    with pytest.raises(ValueError, match='no topology can be read'):
+        ft.stream(folder/'shaken.xtc', folder/'shaken.xtc', f)
     with pytest.raises(ValueError, match='must be at least 1'): ft.stream(folder/'shaken.xtc', native, f, stride=0)
     with pytest.raises(ValueError, match='no trajectory file'): ft.stream([], native, f)
     with pytest.raises(ValueError, match='names a residue that is not there'): ft.fraction_native(native, [[0, 14]])
     with pytest.raises(ValueError, match='residue pairs are needed'): ft.ca_distances(native, [0, 5])
-    with pytest.raises(ValueError, match='three are needed'): ft.rmsd(native.atom_slice(ft.ca_atoms(native.topology)[:2]))
-    with pytest.raises(ValueError, match='4 residues'): ft.pseudo_dihedrals(native.atom_slice(ft.ca_atoms(native.topology)[:3]))
+    with pytest.raises(ValueError, match='three are needed'):
+        ft.rmsd(native.atom_slice(ft.ca_atoms(native.topology)[:2]))
+    with pytest.raises(ValueError, match='4 residues'):
+        ft.pseudo_dihedrals(native.atom_slice(ft.ca_atoms(native.topology)[:3]))
     with pytest.raises(ValueError, match='not a structure'): ft.load_native(folder/'shaken.xtc')
     with pytest.raises(KeyError, match="no atom 'LEU99-CA'"): ft.find_atoms(native.topology, ('LEU2-CA', 'LEU99-CA'))
 

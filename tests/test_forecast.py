@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from scipy.linalg import toeplitz
 
 from foldbook import data
-from foldbook.forecast import (FORECASTERS, NETWORKS, PROCESSES, Arima, Autoregression, Drift, Linear, Network, Shrink, Static, VectorAutoregression, Windows, bootstrap_errors, compare,
-                               forecaster, forecasting_problem, load_forecaster, one_frame_optimum, positions, protocol_ratio, read_positions, rmsd, save_forecaster)
+from foldbook.forecast import (FORECASTERS, NETWORKS, PROCESSES, Arima, Autoregression, Drift, Linear, Network, Shrink,
+                               Static, VectorAutoregression, Windows, bootstrap_errors, compare,
+                               forecaster, forecasting_problem, load_forecaster, one_frame_optimum, positions,
+                               protocol_ratio, read_positions, rmsd, save_forecaster)
 
 LEADS = (1, 5, 30)
 quick = partial(Network, max_epochs=15, patience=5)
@@ -42,7 +44,8 @@ def exact_forecast(process, w):
     return (past[:, -1] + w.lead*process.drift + np.einsum('nhij,h->nij', steps, a))[:, None]
 
 
-def score(model, p): return np.sqrt(np.square(rmsd(model.fit(p.train, p.validation).predict(p.test), p.test, 'coordinate')).mean())
+def score(model, p):
+    return np.sqrt(np.square(rmsd(model.fit(p.train, p.validation).predict(p.test), p.test, 'coordinate')).mean())
 
 
 @pytest.mark.parametrize('name', PROCESSES)
@@ -51,7 +54,8 @@ def test_linear_forecasters_reach_the_optimum(name, lead):
     process = PROCESSES[name]
     p = forecasting_problem(process.sample(20_000, n_atoms=4, n_trajectories=3, seed=lead), lead, align=False)
     exact = np.square(rmsd(exact_forecast(process, p.test), p.test, 'coordinate'))
-    able = dict(ar=Autoregression(), var=VectorAutoregression()) | (dict(shrink=Shrink()) if name in ('fast', 'slow') else {})
+    able = dict(ar=Autoregression(), var=VectorAutoregression()) | (dict(shrink=Shrink()) if name in ('fast', 'slow')
+                                                                    else {})
     for model in able.values():
         e = np.square(rmsd(model.fit(p.train, p.validation).predict(p.test), p.test, 'coordinate'))
         ratio = np.sqrt(e.mean()/exact.mean())
@@ -98,7 +102,8 @@ def test_nothing_of_the_future_is_read(rest):
     spoiled[200:] = np.random.default_rng(0).normal(size=spoiled[200:].shape)
     known = 200 - 5 + 1 # windows that end before frame 200
     for name in ('shrink', 'ar', 'var', 'arima', 'lstm', 'transformer', 'lstm_structure'):
-        few = [w if name != 'arima' else Windows([s[:, :2] for s in w.series], w.lead) for w in (p.train, p.validation, p.test)]
+        few = [w if name != 'arima' else Windows([s[:, :2] for s in w.series], w.lead)
+               for w in (p.train, p.validation, p.test)]
         model = forecaster(name, **(dict(max_epochs=1) if name in NETWORKS else {})).fit(*few[:2])
         other = Windows([spoiled[:, :few[2].series[0].shape[1]]], 15)
         np.testing.assert_allclose(model.predict(few[2])[:known], model.predict(other)[:known], atol=1e-5, err_msg=name)
@@ -120,8 +125,10 @@ def test_windows_of_several_frames(rest):
         f = make().fit(p.train, p.validation).predict(p.test)
         assert f.shape == (len(p.test), 4, 10, 3)
     for name in ('lstm', 'lstm_structure', 'lstm_coordinate'):
-        assert forecaster(name, max_epochs=1).fit(p.train, p.validation).predict(p.test).shape == (len(p.test), 4, 10, 3)
-    many, one = Linear().fit(p.train, p.validation).predict(p.test), Linear().fit(single[3].train, single[3].validation).predict(single[3].test)
+        assert forecaster(name, max_epochs=1).fit(p.train, p.validation).predict(p.test).shape == (len(p.test), 4, 10,
+                                                                                                   3)
+    many, one = Linear().fit(p.train, p.validation).predict(p.test), Linear().fit(single[3].train,
+        single[3].validation).predict(single[3].test)
     n = min(len(many), len(one))
     np.testing.assert_allclose(many[:n, 3], one[:n, 0], atol=1e-4)
 
@@ -131,9 +138,12 @@ def test_autoregression_is_least_squares(rest):
     from sklearn.linear_model import LinearRegression
     p = forecasting_problem(rest, 5)
     ours = Autoregression(ridges=(1e-12,)).fit(p.train, p.validation).predict(p.test)
-    past, future, test = (x.reshape(len(x), -1, 30) for x in (p.train.past.astype(float), p.train.future, p.test.past.astype(float)))
-    theirs = np.stack([LinearRegression().fit(past[:, :, d], future[:, 0, d]).predict(test[:, :, d]) for d in range(30)], 1)
-    levels, steps = np.abs(ours.reshape(-1, 30) - theirs).max(), Autoregression(ridges=(1e-12,)).fit(p.train, p.validation).learned['weights'][:, 0]
+    past, future, test = (x.reshape(len(x), -1, 30) for x in (p.train.past.astype(float), p.train.future,
+                                                              p.test.past.astype(float)))
+    theirs = np.stack([LinearRegression().fit(past[:, :, d], future[:, 0, d]).predict(test[:, :, d])
+                       for d in range(30)], 1)
+    levels, steps = np.abs(ours.reshape(-1, 30) - theirs).max(), Autoregression(ridges=(1e-12,)).fit(p.train,
+        p.validation).learned['weights'][:, 0]
     assert levels < 1e-4 or not steps.any() # or the validation part chose steps
 
 
@@ -144,13 +154,15 @@ def test_arima_forecasts_as_statsmodels_does():
     model = Arima().fit(p.train, p.validation)
     test = p.test.series[0][:, 0, 0].astype(float) - model.learned['mean'][0]
     s = model.learned['scale'][0]
-    theirs = ARIMA(test[:101]/s, order=(2, 0, 1), trend='n').filter(model.learned['parameters'][0]).forecast(6)[-1]*s + model.learned['mean'][0]
+    theirs = ARIMA(test[:101]/s, order=(2, 0, 1),
+                   trend='n').filter(model.learned['parameters'][0]).forecast(6)[-1]*s + model.learned['mean'][0]
     assert abs(model.predict(p.test)[100 - 4, 0, 0, 0] - theirs) < 1e-4
 
 
 def test_real_protein(rest):
     "Every network beats static and stays within two percent of the best straight line."
-    c = compare(rest, (1, 15), ('shrink', 'ar', 'var', 'ffn', 'lstm', 'lstm_structure'), options={m: dict(max_epochs=6) for m in ('ffn', 'lstm', 'lstm_structure')}, n_workers=1, progress=False)
+    c = compare(rest, (1, 15), ('shrink', 'ar', 'var', 'ffn', 'lstm', 'lstm_structure'),
+                options={m: dict(max_epochs=6) for m in ('ffn', 'lstm', 'lstm_structure')}, n_workers=1, progress=False)
     t = c.table(100)
     best = t[t.model.isin(['shrink', 'ar', 'var'])].groupby('lead').rmsd_nm.min()
     nets = t[t.model.isin(NETWORKS)]
@@ -169,7 +181,8 @@ def test_flawed_protocol_loses(rest):
 def test_pulled_helix(pulled):
     c = compare(pulled, (15, 60), ('drift', 'linear', 'ar', 'var'), n_workers=1, progress=False)
     t = c.table(100).set_index(['lead', 'model']).over_static
-    for lead in (15, 60): assert t[lead, 'var'] < t[lead, 'drift'] < 1 < t[lead, 'linear'] and t[lead, 'ar'] < t[lead, 'drift']
+    for lead in (15, 60):
+        assert t[lead, 'var'] < t[lead, 'drift'] < 1 < t[lead, 'linear'] and t[lead, 'ar'] < t[lead, 'drift']
 
 
 def test_same_numbers_twice(rest):
@@ -197,7 +210,8 @@ def test_saved_and_loaded(name, rest, tmp_path):
 def test_other_options_are_not_mixed_up(rest, tmp_path):
     given = dict(leads=(1,), models=('lstm',), n_workers=1, progress=False, directory=tmp_path)
     compare(rest, options=dict(lstm=dict(max_epochs=1)), **given)
-    with pytest.raises(ValueError, match='was made with options'): compare(rest, options=dict(lstm=dict(max_epochs=2)), **given)
+    with pytest.raises(ValueError, match='was made with options'):
+        compare(rest, options=dict(lstm=dict(max_epochs=2)), **given)
 
 
 def test_static_error_has_the_bound(rest):
@@ -237,7 +251,8 @@ def test_any_input_gives_an_answer_or_a_sentence(shape, lead, history, window, a
 def test_a_bad_number_is_named(frame, atom, axis, value):
     x = np.random.default_rng(1).normal(size=(300, 3, 3))
     x[frame, atom, axis] = value
-    with pytest.raises(ValueError, match=f'trajectory 1, frame {frame}, atom {atom}:'): forecasting_problem([np.random.default_rng(2).normal(size=(300, 3, 3)), x], 2)
+    with pytest.raises(ValueError, match=f'trajectory 1, frame {frame}, atom {atom}:'):
+        forecasting_problem([np.random.default_rng(2).normal(size=(300, 3, 3)), x], 2)
 
 
 @settings(deadline=None, max_examples=10)
@@ -247,7 +262,8 @@ def test_few_atoms(n_atoms, seed):
     x = PROCESSES['fast'].sample(600, n_atoms=n_atoms, seed=seed)
     with pytest.raises(ValueError, match='align=False'): forecasting_problem(x, 2)
     p = forecasting_problem(x, 2, align=False)
-    for name in ('shrink', 'ar', 'var'): assert forecaster(name).fit(p.train, p.validation).predict(p.test).shape == (len(p.test), 1, n_atoms, 3)
+    for name in ('shrink', 'ar', 'var'):
+        assert forecaster(name).fit(p.train, p.validation).predict(p.test).shape == (len(p.test), 1, n_atoms, 3)
 
 
 def test_an_atom_that_never_moves(rest):
@@ -255,12 +271,14 @@ def test_an_atom_that_never_moves(rest):
     x[0][:, 3] = 0.5
     p = forecasting_problem(x, 5, align=False)
     for name in ('shrink', 'ar', 'var', 'lstm', 'lstm_structure'):
-        f = forecaster(name, **(dict(max_epochs=1) if name in NETWORKS else {})).fit(p.train, p.validation).predict(p.test)
+        f = forecaster(name, **(dict(max_epochs=1) if name in NETWORKS else {})).fit(p.train,
+                                                                                     p.validation).predict(p.test)
         assert np.isfinite(f).all()
         if name in ('shrink', 'ar'): np.testing.assert_allclose(f[:, :, 3], 0.5, atol=1e-4)
 
 
-@pytest.mark.parametrize('x,message', [(np.zeros((1, 5, 3)), 'span'), (np.zeros((400, 5, 3)), 'nothing moves'), (np.zeros((400, 5)), r'positions are \(frames, atoms, 3\)'), (np.zeros((400, 0, 3)), 'positions are'),
+@pytest.mark.parametrize('x,message', [(np.zeros((1, 5, 3)), 'span'), (np.zeros((400, 5, 3)), 'nothing moves'),
+    (np.zeros((400, 5)), r'positions are \(frames, atoms, 3\)'), (np.zeros((400, 0, 3)), 'positions are'),
                                        (np.zeros((0, 5, 3)), 'span')])
 def test_what_cannot_be_forecast(x, message):
     with pytest.raises(ValueError, match=message): forecasting_problem([x], 5, align=False)
@@ -280,7 +298,8 @@ def test_damaged_file_is_named(tmp_path, rest):
 
 
 def test_directions_that_do_not_move_are_not_read(rest):
-    "Superposition takes six directions; what rounding leaves of them must not be scaled up. On these parts it made a few forecasts ten times worse."
+    """Superposition takes six directions; what rounding leaves of them must not be scaled up. On these parts it made
+    a few forecasts ten times worse."""
     p = forecasting_problem(rest, 1, gap=20)
     e = rmsd(VectorAutoregression().fit(p.train, p.validation).predict(p.test), p.test)
     assert e.max() < 4*np.sqrt((e**2).mean())

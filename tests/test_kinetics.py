@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from foldbook.committor import NonparametricCommittor, count_transitions
-from foldbook.kinetics import (Cuts, Curve, Estimate, bootstrap, cuts, diffusion, diffusive_committor, diffusive_transitions, free_energy, natural_coordinate,
+from foldbook.kinetics import (Cuts, Curve, Estimate, bootstrap, cuts, diffusion, diffusive_committor,
+                               diffusive_transitions, free_energy, natural_coordinate,
                                natural_free_energy, plot_curve, rates, units)
 from foldbook.systems import dw1d, lshape2d, persist1d
 from foldbook.zq import cut_profile, cut_profiles
@@ -13,7 +14,8 @@ SYSTEMS = [dw1d, lshape2d, persist1d]
 
 def observed(s, n, seed, k=1, **options):
     paths = s.sample(n, k, seed=seed, **options)
-    return paths, [s.states[p] for p in paths], [s.committor[p] for p in paths], [s.backward_committor[p] for p in paths]
+    return paths, [s.states[p] for p in paths], [s.committor[p] for p in paths], [s.backward_committor[p]
+                                                                                  for p in paths]
 
 
 @pytest.mark.parametrize('flux', ['counted', 'committor'])
@@ -33,16 +35,19 @@ def test_the_film_may_not_run_backwards():
     s = persist1d()
     _, states, q, back = observed(s, 300_000, 1)
     right, naive = rates(q, states, backward=back), rates(q, states)
-    assert abs(right.value['mtpt'] - 31.67) < 3 * right.se['mtpt'] and (naive.value['mtpt'] - 31.67) / naive.se['mtpt'] < -5
+    assert abs(right.value['mtpt'] - 31.67) < 3 * right.se['mtpt'] and (naive.value['mtpt']
+                                                                        - 31.67) / naive.se['mtpt'] < -5
 
 
 def test_backward_committor_can_be_fitted():
     s = persist1d()
     paths, states, q, back = observed(s, 100_000, 2)
     x = [s.coordinates[p].astype(np.float32) for p in paths]
-    m = NonparametricCommittor(n_iterations=120, history=(0,)).fit([f[::-1] for f in x], [f[::-1] for f in states], progress=False)
+    m = NonparametricCommittor(n_iterations=120, history=(0,)).fit([f[::-1] for f in x], [f[::-1] for f in states],
+                                                                   progress=False)
     fitted = [1 - f[::-1] for f in m.r]
-    assert np.sqrt(np.mean((fitted[0] - back[0])[states[0] < 0]**2)) < .03 and abs(rates(q, states, backward=fitted, n_bootstrap=0).value['mtpt'] / 31.67 - 1) < .1
+    assert np.sqrt(np.mean((fitted[0] - back[0])[states[0] < 0]**2)) < .03 and abs(rates(q, states, backward=fitted,
+        n_bootstrap=0).value['mtpt'] / 31.67 - 1) < .1
 
 
 def test_rates_by_hand():
@@ -50,7 +55,8 @@ def test_rates_by_hand():
     t = rates(r, s, spacing=2., n_bootstrap=0)
     assert t.value.tolist() == pytest.approx([1 / 10, 2 * 2.5, 2 * 2.5, 2 * .75]) and t.se.isna().all()
     assert rates(r, s, flux='committor', n_bootstrap=0).value['j'] == pytest.approx((.5 + .25 - .25) / 5)
-    assert rates(r * 2, s * 2, weights=[np.ones(6), np.zeros(6)], n_bootstrap=0).value.tolist() == pytest.approx(rates(r, s, n_bootstrap=0).value.tolist())
+    assert rates(r * 2, s * 2, weights=[np.ones(6), np.zeros(6)],
+                 n_bootstrap=0).value.tolist() == pytest.approx(rates(r, s, n_bootstrap=0).value.tolist())
 
 
 def test_committor_flux_is_the_mean_level_of_zq():
@@ -70,19 +76,24 @@ def test_bootstrap_weighs_units():
     s = [np.array([0, 1, 0, 1, 0, 1])]
     totals = []
     e = bootstrap(lambda w: totals.append(w) or w.sum(), s, n_bootstrap=200)
-    assert isinstance(e, Estimate) and e.value == 6 and len(totals) == 201 and all(np.isin(w, range(7)).all() and w[0] == w[1] and w[2] == w[3] for w in totals)
-    assert np.isnan(bootstrap(lambda w: w.sum(), s, n_bootstrap=0).se) and np.isnan(bootstrap(lambda w: w.sum(), [np.array([0, -1])], n_bootstrap=9).se)
-    assert bootstrap(lambda w: w[0], s, n_bootstrap=50, seed=1).se == bootstrap(lambda w: w[0], s, n_bootstrap=50, seed=1).se != bootstrap(lambda w: w[0], s, n_bootstrap=50, seed=2).se
+    assert isinstance(e, Estimate) and e.value == 6 and len(totals) == 201 and all(np.isin(w, range(7)).all()
+        and w[0] == w[1] and w[2] == w[3] for w in totals)
+    assert np.isnan(bootstrap(lambda w: w.sum(), s, n_bootstrap=0).se) and np.isnan(bootstrap(lambda w: w.sum(),
+        [np.array([0, -1])], n_bootstrap=9).se)
+    assert bootstrap(lambda w: w[0], s, n_bootstrap=50, seed=1).se == bootstrap(lambda w: w[0], s, n_bootstrap=50,
+        seed=1).se != bootstrap(lambda w: w[0], s, n_bootstrap=50, seed=2).se
 
 
 @pytest.mark.parametrize('resample, k, n', [('cycles', 1, 40_000), ('trajectories', 400, 100)])
 def test_error_bars_are_those_of_repetition(resample, k, n):
-    "Spread over thirty independent data sets against the mean error bar, for the flux and for the free energy at the barrier."
+    """Spread over thirty independent data sets against the mean error bar, for the flux and for the free energy at
+    the barrier."""
     s, answers = dw1d(), []
     for seed in range(30):
         paths, states, q, _ = observed(s, n, seed, k)
         t = rates(q, states, flux='committor', resample=resample, n_bootstrap=30)
-        F = free_energy(cuts([s.coordinates[p, 0] for p in paths], states, n_bins=np.array([-1.2, -.975, .025, 1.025, 1.2]), resample=resample, n_bootstrap=15))
+        F = free_energy(cuts([s.coordinates[p, 0] for p in paths], states,
+                             n_bins=np.array([-1.2, -.975, .025, 1.025, 1.2]), resample=resample, n_bootstrap=15))
         answers.append([(t.value['j'], t.se['j']), (F.value[1], F.se[1])])
     a = np.array(answers)
     ratio = a[:, :, 1].mean(0) / a[:, :, 0].std(0)
@@ -92,7 +103,8 @@ def test_error_bars_are_those_of_repetition(resample, k, n):
 def spread(s, paths, seed=0):
     x = np.unique(s.coordinates[:, 0])
     width = x[1] - x[0]
-    return [s.coordinates[p, 0] + np.random.default_rng(seed).uniform(-width / 2, width / 2, len(p)) for p in paths], width
+    return [s.coordinates[p, 0] + np.random.default_rng(seed).uniform(-width / 2, width / 2, len(p))
+            for p in paths], width
 
 
 def test_profiles_are_what_the_chain_makes_them():
@@ -104,7 +116,8 @@ def test_profiles_are_what_the_chain_makes_them():
     pairs, jump = s.stationary[:, None] * s.transition, abs(x[None] - x[:, None])
     for k, alpha in enumerate((-1, 0, 1)):
         power = np.where(jump > 0, np.maximum(jump, 1e-9)**alpha, 0)
-        exact = np.array([(pairs * power)[(np.minimum.outer(x, x) < v) & (np.maximum.outer(x, x) > v)].sum() / 2 for v in levels]) * 199_999
+        exact = np.array([(pairs * power)[(np.minimum.outer(x, x) < v) & (np.maximum.outer(x, x) > v)].sum() / 2
+                          for v in levels]) * 199_999
         z = (c.z[0, k] - exact) / c.z[1:, k].std(0)
         assert abs(z).max() < 4 and np.sqrt((z**2).mean()) < 2
 
@@ -135,7 +148,8 @@ def test_units_of_time():
     paths, states, _, _ = observed(dw1d(), 30_000, 8)
     x = spread(dw1d(), paths)[0]
     a, b = (cuts(x, states, n_bins=np.linspace(-1, 1, 41), spacing=v, n_bootstrap=0) for v in (1., .5))
-    assert np.allclose(diffusion(b).value, 2 * diffusion(a).value) and np.allclose(natural_coordinate(b).value, natural_coordinate(a).value / 2**.5)
+    assert np.allclose(diffusion(b).value, 2 * diffusion(a).value) and np.allclose(natural_coordinate(b).value,
+                                                                                   natural_coordinate(a).value / 2**.5)
     assert np.allclose(free_energy(a).value, free_energy(b).value)
 
 
@@ -144,8 +158,10 @@ def test_natural_coordinate():
     paths, states, _, _ = observed(dw1d(), 200_000, 9)
     x = spread(dw1d(), paths)[0][0]
     edges = np.linspace(-1.2, 1.2, 97)
-    a, b = cuts([x], states, n_bins=edges, n_bootstrap=5), cuts([np.exp(x)], states, n_bins=np.exp(edges), n_bootstrap=5)
-    assert np.abs(natural_coordinate(a).value - natural_coordinate(b).value).max() < .04 * natural_coordinate(a).value[-1]
+    a, b = cuts([x], states, n_bins=edges, n_bootstrap=5), cuts([np.exp(x)], states, n_bins=np.exp(edges),
+                                                                n_bootstrap=5)
+    assert np.abs(natural_coordinate(a).value
+                  - natural_coordinate(b).value).max() < .04 * natural_coordinate(a).value[-1]
     assert np.abs(natural_free_energy(a).value - natural_free_energy(b).value).max() < .15
     n = natural_coordinate(a)
     again = cuts([np.interp(x, n.x, n.value)], states, n_bins=np.linspace(1, n.value[-1] - 1, 40), n_bootstrap=0)
@@ -154,7 +170,8 @@ def test_natural_coordinate():
 
 @pytest.mark.parametrize('system', [dw1d, lshape2d])
 def test_resistance_identity(system):
-    "1/N_AB = int dx / Z_C1 along the committor, and for the double well along any function of x; not for x of the corner."
+    """1/N_AB = int dx / Z_C1 along the committor, and for the double well along any function of x; not for x of the
+    corner."""
     s = system()
     paths, states, q, _ = observed(s, 300_000, 11)
     counted = count_transitions(states)[0]
@@ -167,7 +184,8 @@ def test_resistance_identity(system):
     assert predicted > 2 * counted if system is lshape2d else abs(predicted / counted - 1) < .25
     if system is dw1d:
         model = diffusive_committor(c, -1, 1)
-        assert np.abs(model.value - np.interp(model.x, s.coordinates[:, 0], s.committor)).max() < .05 and (np.diff(model.value) >= 0).all()
+        assert np.abs(model.value - np.interp(model.x, s.coordinates[:, 0],
+                                              s.committor)).max() < .05 and (np.diff(model.value) >= 0).all()
 
 
 def test_weights_give_back_equilibrium():
@@ -185,7 +203,9 @@ def test_weights_give_back_equilibrium():
     z = lambda t: (t.value - np.array(s.rates)) / t.se
     assert abs(z(good)).max() < 3 and abs(z(bad)).max() > 5
     x, width = spread(s, paths)
-    wells = lambda v: np.diff(np.interp([-1, 1], *free_energy(cuts(x, states, n_bins=np.linspace(-1.3, 1.3, 53), weights=v, resample='trajectories', n_bootstrap=0))[:2]))[0]
+    wells = lambda v: np.diff(np.interp([-1, 1],
+                                        *free_energy(cuts(x, states, n_bins=np.linspace(-1.3, 1.3, 53), weights=v,
+                                                          resample='trajectories', n_bootstrap=0))[:2]))[0]
     assert abs(wells(weights)) < .15 < 1 < wells(None)
 
 

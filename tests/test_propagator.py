@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from foldbook.propagation import bounds_of, jump, run
-from foldbook.propagator import (Chain, Density, Motion, Options, Propagator, anchors, chain_of, distance_rates, linear_start, load_propagator, pairs, seen, to_columns,
+from foldbook.propagator import (Chain, Density, Motion, Options, Propagator, anchors, chain_of, distance_rates,
+                                 linear_start, load_propagator, pairs, seen, to_columns,
                                  to_positions, typical, typical_start, wrap)
 from foldbook.tree import read_tree, reconstruction_error
 
@@ -23,7 +24,8 @@ def bombyxin(tmp_path_factory): # two chains that tumble and move against each o
     tree = read_tree(path).measured()
     x0, poses = to_columns(tree, tree.positions[None])
     g = torch.Generator().manual_seed(0)
-    return Motion(chain_of(tree), [x0 + 0.05*torch.cumsum(torch.randn(60, x0.shape[1], generator=g), 0)*0.3 for _ in range(2)], 1.0, tree, poses)
+    return Motion(chain_of(tree), [x0 + 0.05*torch.cumsum(torch.randn(60, x0.shape[1], generator=g), 0)*0.3
+                                   for _ in range(2)], 1.0, tree, poses)
 
 
 def test_two_chains_go_to_columns_and_back(bombyxin):
@@ -46,7 +48,8 @@ def test_structure_is_rebuilt_whole(bombyxin):
 
 def test_anchors_are_whole_residues_in_the_middle(bombyxin):
     for atoms, segment in zip(anchors(bombyxin.tree), bombyxin.tree.segments):
-        assert [bombyxin.tree.names[a] for a in atoms] == ['N', 'CA', 'C'] and len(set(bombyxin.tree.residue[atoms])) == 1
+        assert [bombyxin.tree.names[a] for a in atoms] == ['N', 'CA',
+                                                           'C'] and len(set(bombyxin.tree.residue[atoms])) == 1
         assert 0.3 < list(segment).index(atoms[0])/len(segment) < 0.7
 
 
@@ -69,12 +72,14 @@ def test_two_chain_run_stays_whole_and_is_reproducible(bombyxin, tmp_path):
     assert all(torch.equal(u, v) for u, v in zip(a.motion.series, b.motion.series))
     t = md.load(str(tmp_path/'1bom-1.xtc'), top=str(tmp_path/'1bom.pdb'))
     assert t.topology.n_chains == 2 and t.n_atoms == len(bombyxin.tree)
-    bonds = np.array([(i.index, j.index) for i, j in md.load(str(tmp_path/'1bom.pdb')).topology.bonds if 'SG' not in (i.name, j.name)])
+    bonds = np.array([(i.index, j.index) for i, j in md.load(str(tmp_path/'1bom.pdb')).topology.bonds
+                      if 'SG' not in (i.name, j.name)])
     assert md.compute_distances(t, bonds).max() < 0.25
 
 
 def test_weights_of_distances_do_not_move_the_minimum(bombyxin):
-    "Their gradient at the mean velocity is zero for targets that scatter about it; that of a distance to the end point is not."
+    """Their gradient at the mean velocity is zero for targets that scatter about it; that of a distance to the end
+    point is not."""
     x, L = bombyxin.series[0][:1], 0.05
     g = torch.Generator().manual_seed(0)
     half = L*torch.randn(8, x.shape[1], generator=g)
@@ -92,12 +97,15 @@ def test_weights_of_distances_do_not_move_the_minimum(bombyxin):
 def test_attention_knows_segments_apart(bombyxin):
     torch.manual_seed(0)
     d, s = Density(16, 1), linear_start(bombyxin, bombyxin)
-    with torch.no_grad(): d.head.weight.normal_(std=0.3); d.trunk.attend[0].apart.fill_(-1e9)
+    with torch.no_grad():
+        d.head.weight.normal_(std=0.3)
+        d.trunk.attend[0].apart.fill_(-1e9)
     x = bombyxin.series[0][:2]
     other = x.clone()
     second = bombyxin.chain.segments[bombyxin.chain.used//11] == 1
     other[:, second] += 0.3
-    read = lambda v: d.head(d.trunk(seen(bombyxin.chain, s, v), bombyxin.chain, torch.ones(2, 1)))[:, bombyxin.chain.segments == 0]
+    read = lambda v: d.head(d.trunk(seen(bombyxin.chain, s, v), bombyxin.chain, torch.ones(2, 1)))[:,
+        bombyxin.chain.segments == 0]
     assert torch.allclose(read(x), read(other), atol=1e-6) # wholly apart: no message
     with torch.no_grad(): d.trunk.attend[0].apart.fill_(0)
     assert not torch.allclose(read(x), read(other), atol=1e-6)
@@ -123,7 +131,8 @@ def test_ridge_keeps_each_column_for_itself():
     g, K = torch.Generator().manual_seed(0), 200
     x = torch.zeros(400, K)
     for t in range(1, 400): x[t] = 0.9*x[t-1] + 0.05*torch.randn(K, generator=g)
-    chain = Chain(torch.zeros(20, dtype=torch.long), torch.arange(20), torch.zeros(20, dtype=torch.long), torch.arange(11).expand(20, 11) < 10, torch.ones(K, dtype=torch.bool))
+    chain = Chain(torch.zeros(20, dtype=torch.long), torch.arange(20), torch.zeros(20, dtype=torch.long),
+                  torch.arange(11).expand(20, 11) < 10, torch.ones(K, dtype=torch.bool))
     m = Motion(chain, [x])
     s = linear_start(m.cut(0, 0.5), m.cut(0.5, 0.75))
     a, b = pairs(m.cut(0.75, 1).series, 1)
@@ -133,12 +142,17 @@ def test_ridge_keeps_each_column_for_itself():
 
 def test_typical_start_of_unseen_sequence():
     g = torch.Generator().manual_seed(0)
-    chain = lambda kinds: Chain(torch.tensor(kinds), torch.arange(len(kinds)), torch.zeros(len(kinds), dtype=torch.long), (torch.arange(11) < 2).expand(len(kinds), 11), torch.ones(2*len(kinds), dtype=torch.bool))
+    chain = lambda kinds: Chain(torch.tensor(kinds), torch.arange(len(kinds)),
+                                torch.zeros(len(kinds), dtype=torch.long),
+                                (torch.arange(11) < 2).expand(len(kinds), 11),
+                                torch.ones(2*len(kinds), dtype=torch.bool))
     a, b = chain([0, 5]), chain([5, 0, 0])
-    m = Motion(a, [torch.cat([1 + 0.1*torch.randn(5000, 2, generator=g), -1 + 0.3*torch.randn(5000, 2, generator=g)], 1)])
+    m = Motion(a, [torch.cat([1 + 0.1*torch.randn(5000, 2, generator=g), -1 + 0.3*torch.randn(5000, 2, generator=g)],
+                             1)])
     s = typical_start(typical([m], 1), b)
     assert torch.allclose(s.mean, torch.tensor([-1, -1, 1, 1, 1, 1.]), atol=0.02)
-    assert torch.allclose(s.width, torch.tensor([.3, .3, .1, .1, .1, .1]), atol=0.02) and float(s.step.abs().max()) < 0.05
+    assert torch.allclose(s.width, torch.tensor([.3, .3, .1, .1, .1, .1]),
+                          atol=0.02) and float(s.step.abs().max()) < 0.05
     with pytest.raises(ValueError, match='residue 2, ARG'): typical_start(typical([m], 1), chain([0, 1]))
 
 
@@ -165,13 +179,15 @@ def test_broken_files(tmp_path, bombyxin):
     with pytest.raises(FileNotFoundError, match='holds no propagator'): load_propagator(directory)
 
 
-@pytest.mark.parametrize('options, word', [(dict(lags=()), 'lags'), (dict(lags=(0,)), 'lags'), (dict(start='x'), 'own'), (dict(width=30), 'width'), (dict(steps=0), 'steps')])
+@pytest.mark.parametrize('options, word', [(dict(lags=()), 'lags'), (dict(lags=(0,)), 'lags'), (dict(start='x'), 'own'),
+                                           (dict(width=30), 'width'), (dict(steps=0), 'steps')])
 def test_options_that_make_no_sense(options, word):
     with pytest.raises(ValueError, match=word): Options(**options)
 
 
 def test_training_twice_gives_the_same(bombyxin):
-    a, b = (Propagator(width=16, layers=1, steps=3, batch_size=4, seed=5).fit({'1bom': bombyxin}, progress=False) for _ in range(2))
+    a, b = (Propagator(width=16, layers=1, steps=3, batch_size=4, seed=5).fit({'1bom': bombyxin}, progress=False)
+            for _ in range(2))
     assert all(torch.equal(u, v) for u, v in zip(a.flow.state_dict().values(), b.flow.state_dict().values()))
 
 

@@ -18,7 +18,8 @@ from foldbook.structures import build_chain, load_molecule, peptide
 FOLDBOOK = Path(sys.executable).parent/'foldbook'
 SHORT = {'go': '--pdb helix.pdb --trajectories 1 --frames 900 --steps-per-frame 60 --burn-in 0',
          'scan': '--pdb helix.pdb --temperatures 3 --from 20 --to 400 --frames 450 --steps-per-frame 30',
-         'equilibrium': '--sequence AA --force-field ff14SB --solvent vacuum --platform Reference --steps 12000 --every 10 --burn-in 0 --format xtc --forces',
+         'equilibrium': '--sequence AA --force-field ff14SB --solvent vacuum --platform Reference --steps 12000 '
+                        '--every 10 --burn-in 0 --format xtc --forces',
          'peptide': 'A --frames 900 --steps-per-frame 15 --trajectories 1 --burn-in 0 --format xtc',
          'smd': '--residues 4 --target 1.5 --speed 0.05 --replicas 1 --still 5 --every 10 --format xtc'}
 
@@ -31,7 +32,8 @@ def home(tmp_path_factory):
     return home
 
 
-def run(line, cwd, **options): return subprocess.run([FOLDBOOK, 'simulate', *line.split()], cwd=cwd, capture_output=True, text=True, **options)
+def run(line, cwd, **options):
+    return subprocess.run([FOLDBOOK, 'simulate', *line.split()], cwd=cwd, capture_output=True, text=True, **options)
 
 
 def content(folder):
@@ -51,7 +53,8 @@ def test_killed_and_started_again_it_ends_the_same(protocol, home):
     whole = run(f'{line} whole-{protocol}', home)
     assert whole.returncode == 0, whole.stderr
     folder = home/f'killed-{protocol}'
-    p = subprocess.Popen([FOLDBOOK, 'simulate', *line.split(), folder.name], cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([FOLDBOOK, 'simulate', *line.split(), folder.name], cwd=home, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL)
     while p.poll() is None and not list(folder.rglob('*.segments/0*.npz')): time.sleep(0.002)
     assert p.poll() is None, 'the run is too short to be killed'
     p.send_signal(signal.SIGKILL)
@@ -68,24 +71,28 @@ def test_what_a_run_says_of_itself(home):
     run(f'peptide {SHORT["peptide"]} --workers 1 --out told', home)
     record, = (home/'told').glob('*.xtc.json')
     made = json.loads(record.read_text())
-    assert {'force_field', 'solvent', 'temperature', 'time_step', 'seed', 'platform', 'friction', 'versions', 'n_frames', 'steps_per_frame'} <= set(made)
+    assert {'force_field', 'solvent', 'temperature', 'time_step', 'seed', 'platform', 'friction', 'versions',
+            'n_frames', 'steps_per_frame'} <= set(made)
     assert {'foldbook', 'openmm', 'mdtraj', 'numpy', 'python', 'machine'} <= set(made['versions'])
 
 
 def test_shots_until_the_error_is_reached(home):
     "By foldbook shoot, on what foldbook simulate go wrote; each shot can be made again from the file."
     assert run(f'go {SHORT["go"]} --workers 1 --out shot', home).returncode == 0
-    line = [FOLDBOOK, 'shoot', 'shot', *'--trajectory 0 --frames 3 --shots 4 --target-error .2 --max-shots 16 --steps-per-frame 60 --unfolded .3 --folded .9 --workers 1'.split()]
+    line = [FOLDBOOK, 'shoot', 'shot', *'--trajectory 0 --frames 3 --shots 4 --target-error .2 --max-shots 16 '
+                                        '--steps-per-frame 60 --unfolded .3 --folded .9 --workers 1'.split()]
     done = subprocess.run(line, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with np.load(home/'shot'/'shooting.npz') as z: outcomes, frame, shots, error = z['outcomes'], z['frame'], int(z['shots']), float(z['target_error'])
+    with np.load(home/'shot'/'shooting.npz') as z:
+        outcomes, frame, shots, error = z['outcomes'], z['frame'], int(z['shots']), float(z['target_error'])
     assert outcomes.shape == (3, 16) and (outcomes[:, :4] > -2).all()
     p, se = simulation.committor_estimate(outcomes)
     assert ((se <= .2) | (outcomes > -2).all(axis=1)).all()
     model = simulation.GoModel.load(home/'shot'/'model.json')
     x = md.load_frame(str(home/'shot'/'helix-0.xtc'), int(frame[1]), top=model.native).xyz[0]
     sizes = simulation.batch_sizes(outcomes[1], shots, error)
-    again = [simulation.shoot_frame(model, x, simulation.shot_seed(0, 1, b), n, steps_per_frame=60, unfolded=.3, folded=.9) for b, n in enumerate(sizes)]
+    again = [simulation.shoot_frame(model, x, simulation.shot_seed(0, 1, b), n, steps_per_frame=60, unfolded=.3,
+                                    folded=.9) for b, n in enumerate(sizes)]
     assert (np.concatenate(again) == outcomes[1][outcomes[1] > -2]).all()
 
 
@@ -94,9 +101,12 @@ def atoms(home, keep=lambda l: True, change=lambda l: l):
 
 
 WRONG = {'unknown residue': (lambda h: atoms(h, change=lambda l: l.replace('ALA A   5', 'QQQ A   5')), '', 'QQQ'),
-         'clash': (lambda h: atoms(h, change=lambda l: l[:30] + next(m for m in (h/'helix.pdb').read_text().splitlines() if m[12:26].split()[:1] == ['CB'] and m[22:26].strip() == '12')[30:54] + l[54:]
+         'clash': (lambda h: atoms(h, change=lambda l: l[:30]
+                                   + next(m for m in (h/'helix.pdb').read_text().splitlines()
+                                       if m[12:26].split()[:1] == ['CB'] and m[22:26].strip() == '12')[30:54] + l[54:]
                                    if l[12:16].strip() == 'CB' and l[22:26].strip() == '3' else l), '', 'nm'),
-         'missing backbone': (lambda h: atoms(h, keep=lambda l: not (l[12:16].strip() == 'C' and l[22:26].strip() == '7')), '', '7'),
+         'missing backbone': (lambda h: atoms(h, keep=lambda l: not (l[12:16].strip() == 'C'
+                                                                     and l[22:26].strip() == '7')), '', '7'),
          'no file': (None, '', 'wrong.pdb'),
          'temperature': (lambda h: atoms(h), '--temperature 0', 'above zero'),
          'negative temperature': (lambda h: atoms(h), '--temperature -5', 'above zero'),
@@ -134,9 +144,12 @@ def again(name, n_frames, tmp_path):
     first = d.trajectories[0]
     made = json.loads((data.shipped_directory()/name/f'{first.name}.json').read_text())
     kind = steered.PulledModel if 'speed' in made else allatom.AtomicModel
-    settings = {k: made[k] for k in ('force_field', 'solvent', 'temperature', 'friction', 'time_step', 'cutoff', 'spring_constant', 'speed', 'still_steps', 'update') if k in made}
-    model = kind(replace(load_molecule(d.directory/'native.pdb'), name=made['molecule']), platform=made['platform'], **settings)
-    out = simulation.simulate(model, tmp_path/first.name, n_frames, made['steps_per_frame'], made['seed'], made['trajectory'], burn_in=made['burn_in'], atoms=made['atoms'], keep=tuple(made['keep']), progress=False)
+    settings = {k: made[k] for k in ('force_field', 'solvent', 'temperature', 'friction', 'time_step', 'cutoff',
+                                     'spring_constant', 'speed', 'still_steps', 'update') if k in made}
+    model = kind(replace(load_molecule(d.directory/'native.pdb'), name=made['molecule']), platform=made['platform'],
+                 **settings)
+    out = simulation.simulate(model, tmp_path/first.name, n_frames, made['steps_per_frame'], made['seed'],
+        made['trajectory'], burn_in=made['burn_in'], atoms=made['atoms'], keep=tuple(made['keep']), progress=False)
     arrays = lambda p: dict(np.load(p.with_suffix('.npz')))
     return md.load(str(out)), md.load(str(first))[:n_frames], arrays(out), arrays(first)
 
@@ -146,7 +159,8 @@ ATOMIC = {'ala2_implicit': 50, 'cln025_implicit': 25, 'cln025_implicit_10fs': 40
 
 @pytest.mark.parametrize('name', ATOMIC)
 def test_a_prefix_made_again_is_what_ships(name, tmp_path):
-    "The same numbers on the kind of processor that made the set, to the rounding of the package; on another, another sample of the same law."
+    """The same numbers on the kind of processor that made the set, to the rounding of the package; on another,
+    another sample of the same law."""
     n = ATOMIC[name]
     new, old, a, b = again(name, n, tmp_path)
     assert new.n_atoms == old.n_atoms and np.allclose(new.time, old.time, atol=1e-3)
@@ -164,7 +178,8 @@ def test_a_prefix_of_the_structure_based_sets(name, tmp_path):
     "Burn-in and three frames; where the arithmetic differs, energies and bonds of the same law."
     d, model = data.fetch(name, progress=False), simulation.shipped_model(name)
     steps = round(d.frame_spacing_ps/model.time_step)
-    new = md.load(str(simulation.simulate(model, tmp_path/'a.xtc', 3, steps, seed=1, burn_in=200, progress=False)), top=model.native).xyz
+    new = md.load(str(simulation.simulate(model, tmp_path/'a.xtc', 3, steps, seed=1, burn_in=200, progress=False)),
+                  top=model.native).xyz
     old = md.load(str(d.trajectories[0]), top=model.native).xyz
     if (new == old[:3]).all(): return
     e, law = (simulation.energies(model, x).sum(axis=1) for x in (new, old[::100]))
@@ -175,10 +190,13 @@ def test_a_prefix_of_the_structure_based_sets(name, tmp_path):
 
 def test_molecules_that_ship_are_what_the_commands_build(tmp_path):
     "From the sequence to the start of the run, minimisation included."
-    for name, molecule, model in (('ala2_implicit', replace(peptide('A'), name='ala2'), allatom.AtomicModel), ('ala_smd', replace(peptide('A'*12, 'helix', caps=False), name='ala12'), steered.PulledModel)):
+    for name, molecule, model in (('ala2_implicit', replace(peptide('A'), name='ala2'), allatom.AtomicModel),
+        ('ala_smd', replace(peptide('A'*12, 'helix', caps=False), name='ala12'), steered.PulledModel)):
         made = json.loads(next((data.shipped_directory()/name).glob('*.h5.json')).read_text())
-        built = allatom.prepared(model(molecule, made['force_field'], made['solvent'], made['temperature'], time_step=made['time_step'], platform=made['platform']), tmp_path/name)
+        built = allatom.prepared(model(molecule, made['force_field'], made['solvent'], made['temperature'],
+                                       time_step=made['time_step'], platform=made['platform']), tmp_path/name)
         shipped = load_molecule(data.fetch(name, progress=False).directory/'native.pdb')
         assert [a.name for a in built.molecule.topology.atoms()] == [a.name for a in shipped.topology.atoms()]
-        a, b = (md.Trajectory(m.positions[None], md.Topology.from_openmm(m.topology)) for m in (built.molecule, shipped))
+        a, b = (md.Trajectory(m.positions[None], md.Topology.from_openmm(m.topology))
+                for m in (built.molecule, shipped))
         assert md.rmsd(a, b)[0] < 0.02

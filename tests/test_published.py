@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from foldbook.data import shipped_directory
-from foldbook.published import (PAPER, Drift, Motion, Options, Published, as_motion, delta_rmsd, fill_up, load_published, log_loss, noise_calibration, rmsd_profile, rollout, score_controls, sentences,
+from foldbook.published import (PAPER, Drift, Motion, Options, Published, as_motion, delta_rmsd, fill_up,
+    load_published, log_loss, noise_calibration, rmsd_profile, rollout, score_controls, sentences,
                                 single_chains, step_errors, train)
 from foldbook.structures import build_chain
 from foldbook.tree import add_positions, euler_angles, euler_axes, from_paper_tokens, read_tree, reconstruction_error, to_cartesian, to_internal
@@ -21,7 +22,8 @@ def wiggling(sequence, n=60, seed=0, spacing=1.0):
     "A peptide whose every atom shakes a little."
     t, rng = build_chain(sequence, 'helix'), np.random.default_rng(seed)
     heavy = t.atom_slice([a.index for a in t.topology.atoms if a.element.symbol != 'H'])
-    return md.Trajectory(heavy.xyz + rng.normal(0, 0.003, (n, heavy.n_atoms, 3)).astype(np.float32), heavy.topology, time=np.arange(n)*spacing)
+    return md.Trajectory(heavy.xyz + rng.normal(0, 0.003, (n, heavy.n_atoms, 3)).astype(np.float32), heavy.topology,
+                         time=np.arange(n)*spacing)
 
 
 @pytest.fixture(scope='module')
@@ -38,11 +40,13 @@ def complex_(bombyxin): return as_motion(bombyxin, '1bom', width=12)
 
 
 @pytest.fixture(scope='module')
-def peptides(): return [as_motion(wiggling('GASV'), 'short', width=12), as_motion(wiggling('KLEDRW', seed=1), 'long', width=12)]
+def peptides():
+    return [as_motion(wiggling('GASV'), 'short', width=12), as_motion(wiggling('KLEDRW', seed=1), 'long', width=12)]
 
 
 @pytest.fixture(scope='module')
-def fitted(peptides): return train(peptides, Options(**SMALL, max_epochs=8, steps_per_epoch=25, learning_rate=5e-3, progress=False))
+def fitted(peptides):
+    return train(peptides, Options(**SMALL, max_epochs=8, steps_per_epoch=25, learning_rate=5e-3, progress=False))
 
 
 # tokens
@@ -57,7 +61,9 @@ def test_a_motion_comes_back(bombyxin, complex_):
 
 def test_tumbling_is_taken_out(bombyxin):
     turned = bombyxin[:]
-    for i, a in enumerate(np.linspace(0, 3, len(turned))): turned.xyz[i] = turned.xyz[i] @ np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]], np.float32) + i
+    for i, a in enumerate(np.linspace(0, 3, len(turned))):
+        turned.xyz[i] = turned.xyz[i] @ np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]],
+                                                 np.float32) + i
     a, b = (as_motion(t, 'x', width=12).tokens for t in (bombyxin, turned))
     assert (a - b).abs().max() < 1e-3
 
@@ -66,7 +72,8 @@ def test_two_angles_do_not_place_a_chain(complex_):
     "Item 2: with the third angle dropped, as under Eq. 2, the second chain stands elsewhere."
     internals = complex_[:1].internals
     dropped = internals._replace(axes=euler_axes(euler_angles(internals.axes)*torch.tensor([1., 1., 0.])))
-    three, two = (to_cartesian(complex_.tree, i) for i in (internals._replace(axes=euler_axes(euler_angles(internals.axes))), dropped))
+    three, two = (to_cartesian(complex_.tree, i)
+                  for i in (internals._replace(axes=euler_axes(euler_angles(internals.axes))), dropped))
     assert np.abs(np.asarray(three) - complex_[:1].xyz).max() < 1e-5
     assert reconstruction_error(complex_.tree, complex_[:1].xyz, two)['backbone'][0] > 0.2 # nm
 
@@ -98,7 +105,8 @@ def test_padding_changes_nothing(peptides):
 def test_every_step_is_a_matrix_of_tokens(complex_):
     torch.manual_seed(1)
     drift = Drift(12, **SMALL).eval()
-    y = add_positions(drift(complex_.tokens[:4], complex_.positions.float()[None], complex_.mask[None]), -complex_.positions.float())
+    y = add_positions(drift(complex_.tokens[:4], complex_.positions.float()[None], complex_.mask[None]),
+                      -complex_.positions.float())
     cos, sin = y.chunk(2, 2)
     assert torch.allclose((cos**2 + sin**2), complex_.mask[None, :, :12].float().expand_as(cos), atol=1e-5)
     assert (sin[:, 0] >= 0).all()
@@ -139,7 +147,9 @@ def test_the_paper_size_is_the_paper_size():
 # the loss
 
 class Shifted(nn.Module): # a drift that is wrong by a known amount in every entry that exists
-    def __init__(self, by): super().__init__(); self.by = nn.Parameter(torch.tensor(by))
+    def __init__(self, by):
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(by))
     def forward(self, tokens, positions, mask, padding=None): return tokens + self.by*mask
 
 
@@ -192,7 +202,8 @@ def test_every_protein_has_the_same_say():
 def test_proteins_with_more_windows_do_not_count_more():
     e = torch.tensor([0.1, 0.1, 0.1, 0.4])
     assert log_loss(e, torch.tensor([0, 0, 0, 1])).item() == pytest.approx((np.log(0.1) + np.log(0.4))/2, abs=1e-4)
-    assert log_loss(e, torch.tensor([0, 0, 0, 2])).item() == pytest.approx((np.log(0.1) + np.log(0.4))/2, abs=1e-4) # protein 1 is not in this batch
+    # protein 1 is not in this batch
+    assert log_loss(e, torch.tensor([0, 0, 0, 2])).item() == pytest.approx((np.log(0.1) + np.log(0.4))/2, abs=1e-4)
 
 
 def test_the_mean_is_what_the_loss_asks_for():
@@ -202,7 +213,8 @@ def test_the_mean_is_what_the_loss_asks_for():
     tokens = torch.cat([theta.cos(), theta.sin()], 2)
     mean = torch.atan2(tokens[..., 1].mean(), tokens[..., 0].mean())
     error = {}
-    for name, guess in (('mean', torch.stack([mean.cos(), mean.sin()]).expand(3999, 1, 2)), ('moving', tokens[torch.randperm(3999, generator=torch.Generator().manual_seed(0))])):
+    for name, guess in (('mean', torch.stack([mean.cos(), mean.sin()]).expand(3999, 1, 2)),
+                        ('moving', tokens[torch.randperm(3999, generator=torch.Generator().manual_seed(0))])):
         error[name] = (guess - tokens[1:]).square().mean()
     assert error['mean'] < 0.6*error['moving'] # a real sample of the right law is worse than no motion at all
 
@@ -210,9 +222,12 @@ def test_the_mean_is_what_the_loss_asks_for():
 # rollouts
 
 def test_noise_is_carried_on(fitted, peptides):
-    "Item 6: Eq. 10 adds noise after all deterministic steps; a stochastic process moves on from where the noise has put it."
+    """Item 6: Eq. 10 adds noise after all deterministic steps; a stochastic process moves on from where the noise
+    has put it."""
     class Carries(nn.Module): # the identity, but for dropout
-        def __init__(self): super().__init__(); self.drop, self.w = nn.Dropout(0.0), nn.Parameter(torch.zeros(1))
+        def __init__(self):
+            super().__init__()
+            self.drop, self.w = nn.Dropout(0.0), nn.Parameter(torch.zeros(1))
         def forward(self, tokens, positions, mask, padding=None):
             turn = self.drop(torch.ones(tokens.shape[0], 1, positions.shape[-1])) - 1
             return add_positions(tokens, 0.01*turn.expand_as(positions))
@@ -223,7 +238,8 @@ def test_noise_is_carried_on(fitted, peptides):
 
     def paper(n): # F^i, then the noise of one step
         end = rollout(walker, m, n, [0]*300)[0].tokens[-1:]
-        return np.array([r.angles[1, 0] for r in rollout(walker, replace(m, tokens=end), 2, [0]*300, dropout=0.5, seed=3)]).std()
+        return np.array([r.angles[1, 0] for r in rollout(walker, replace(m, tokens=end), 2, [0]*300, dropout=0.5,
+                                                         seed=3)]).std()
     assert paper(41) == pytest.approx(paper(2), rel=0.15)
 
 
@@ -245,7 +261,8 @@ def test_rollouts_repeat_and_stand_side_by_side(fitted, peptides):
     assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(a, b))
     assert not torch.equal(a[0].tokens, rollout(fitted, m, 6, [0, 7], dropout=0.2, seed=5)[0].tokens)
     single = rollout(fitted, m, 6, 7)[0]
-    assert torch.allclose(rollout(fitted, m, 6, [0, 7])[1].tokens, single.tokens, atol=1e-6) and torch.equal(single.tokens[0], m.tokens[7])
+    assert torch.allclose(rollout(fitted, m, 6, [0, 7])[1].tokens, single.tokens,
+                          atol=1e-6) and torch.equal(single.tokens[0], m.tokens[7])
     state = torch.get_rng_state()
     rollout(fitted, m, 3, dropout=0.1)
     assert torch.equal(state, torch.get_rng_state())
@@ -280,10 +297,12 @@ def test_training_learns_repeats_and_keeps_the_best(peptides):
 
 def test_the_rate_falls_on_a_plateau(peptides):
     "Of a loss below zero, torch's default calls what is slightly worse an improvement, and the rate would stay."
-    made = train(peptides, Options(**SMALL, max_epochs=30, steps_per_epoch=1, learning_rate=0.3, patience=1, progress=False)).history
+    made = train(peptides, Options(**SMALL, max_epochs=30, steps_per_epoch=1, learning_rate=0.3, patience=1,
+                                   progress=False)).history
     assert made[0]['rate'] == 0.3 and made[-1]['rate'] < 0.3 and len(made) < 30
     assert made[-1]['validation'] < 0
-    default = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3), factor=0.5, patience=1)
+    default = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3),
+                                                         factor=0.5, patience=1)
     for _ in range(30): default.step(-0.48)
     assert default.get_last_lr() == [0.3]
 
@@ -304,17 +323,23 @@ def test_errors_say_what_to_do(fitted, peptides, complex_):
     short, long = peptides
     few = dict(options=Options(**SMALL, progress=False))
     with pytest.raises(ValueError, match='the list is empty'): train([])
-    with pytest.raises(ValueError, match='frames are 1 ps apart and those of slow 2 ps'): train([replace(short, name='slow', spacing=2.0), long], **few)
+    with pytest.raises(ValueError, match='frames are 1 ps apart and those of slow 2 ps'):
+        train([replace(short, name='slow', spacing=2.0), long], **few)
     with pytest.raises(ValueError, match='short is there twice'): train([short, short], **few)
-    with pytest.raises(ValueError, match='tokens are 40 wide and those of short 24'): train([short, as_motion(wiggling('GG'), 'wide', width=20)], **few)
-    with pytest.raises(ValueError, match='12 frames leave none to learn from; 25 are needed'): train([short[:12]], **few)
-    with pytest.raises(ValueError, match='heads=5 does not divide the 24'): train([short], Options(heads=5, progress=False))
+    with pytest.raises(ValueError, match='tokens are 40 wide and those of short 24'):
+        train([short, as_motion(wiggling('GG'), 'wide', width=20)], **few)
+    with pytest.raises(ValueError, match='12 frames leave none to learn from; 25 are needed'):
+        train([short[:12]], **few)
+    with pytest.raises(ValueError, match='heads=5 does not divide the 24'):
+        train([short], Options(heads=5, progress=False))
     with pytest.raises(ValueError, match='max_epochs=0; it must be at least 1'): Options(max_epochs=0)
     with pytest.raises(ValueError, match='share of each trajectory'): Options(validation=1.0)
     with pytest.raises(ValueError, match='1bom was not trained on, only short, long'): rollout(fitted, complex_, 3)
     assert len(rollout(fitted, complex_, 3, unseen=True)[0]) == 3
-    with pytest.raises(ValueError, match='40 wide and the propagator has 24'): rollout(fitted, as_motion(wiggling('GASV'), 'short', width=20), 3)
-    with pytest.raises(ValueError, match='2 ps apart and the propagator steps 1 ps'): rollout(fitted, replace(short, spacing=2.0), 3)
+    with pytest.raises(ValueError, match='40 wide and the propagator has 24'):
+        rollout(fitted, as_motion(wiggling('GASV'), 'short', width=20), 3)
+    with pytest.raises(ValueError, match='2 ps apart and the propagator steps 1 ps'):
+        rollout(fitted, replace(short, spacing=2.0), 3)
     with pytest.raises(ValueError, match='L is 5'): as_motion(wiggling('GASV'), 'x', width=5)
     gap = wiggling('GASV')
     gap.time = np.r_[gap.time[:30], gap.time[30:] + 7]
@@ -327,7 +352,8 @@ def test_profiles_of_a_complex(complex_):
     p = rmsd_profile(complex_)
     assert list(p) == ['total', 'chain A', 'chain B'] and all(v[0] < 1e-3 and len(v) == 40 for v in p.values())
     assert delta_rmsd(p, p) == {k: 0.0 for k in p}
-    assert list(rmsd_profile(complex_, complex_.xyz[3])) == list(p) and rmsd_profile(complex_, complex_.xyz[3])['total'][3] < 1e-3
+    assert list(rmsd_profile(complex_, complex_.xyz[3])) == list(p) and rmsd_profile(complex_,
+                                                                                     complex_.xyz[3])['total'][3] < 1e-3
 
 
 def test_eq_14_rewards_no_motion():
@@ -339,4 +365,5 @@ def test_eq_14_rewards_no_motion():
     assert score['constant at the mean'] == pytest.approx(0.798*sigma, rel=0.02)
     assert score['frozen frame'] == pytest.approx(1.128*sigma, rel=0.1)
     assert score['independent MD'] == pytest.approx(1.128*sigma, rel=0.02)
-    assert delta_rmsd(dict(total=np.full(40_000, 0.3)), dict(total=b))['total'] < delta_rmsd(dict(total=a), dict(total=b))['total']
+    assert delta_rmsd(dict(total=np.full(40_000, 0.3)), dict(total=b))['total'] < delta_rmsd(dict(total=a),
+                                                                                             dict(total=b))['total']

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT/'README.md').read_text()
-COMMANDS = [line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.splitlines() if line.strip()]
+COMMANDS = [line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```', README, re.S)
+            for line in block.splitlines() if line.strip()]
 
 
 def test_leaderboard_is_that_of_the_run():
@@ -39,7 +40,8 @@ def test_links_and_figure_exist():
     assert not missing
 
 
-@pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('make')] + ['make docs', 'make lab', 'make readme', 'make help'])
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('make')]
+                         + ['make docs', 'make lab', 'make readme', 'make help'])
 def test_make_targets_exist(command):
     subprocess.run([*command.split(), '--dry-run'], cwd=ROOT, check=True, capture_output=True)
 
@@ -62,7 +64,8 @@ def own_files(tmp_path):
 def test_commands_on_own_trajectories(command, own_files):
     program, *arguments = shlex.split(command)
     quick = ['--quick'] if arguments[0] == 'run' else []
-    done = subprocess.run([Path(sys.executable).parent/program, *arguments, *quick], cwd=own_files, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([Path(sys.executable).parent/program, *arguments, *quick], cwd=own_files, capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     if quick: assert (own_files/'runs'/'mine'/'report.html').exists()
     else: assert 'PASS' in done.stdout

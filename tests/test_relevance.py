@@ -13,8 +13,10 @@ from torch import nn
 from foldbook import data, features
 from foldbook.committor import outcomes
 from foldbook.distill import Student
-from foldbook.relevance import (Attributions, LogOdds, attention, attention_layer, contact_matrix, gradients, in_steps, integrated_gradients, permutation_importance,
-                                plot_chain, plot_contact_map, plot_importance, raw_windows, residue_groups, residue_values, transition_frames, view_structure)
+from foldbook.relevance import (Attributions, LogOdds, attention, attention_layer, contact_matrix, gradients, in_steps,
+                                integrated_gradients, permutation_importance,
+                                plot_chain, plot_contact_map, plot_importance, raw_windows, residue_groups,
+                                residue_values, transition_frames, view_structure)
 from foldbook.relevance import _error
 from foldbook.systems import lshape2d, persist1d
 from foldbook.zq import scores
@@ -30,7 +32,8 @@ def plane():
     return [np.c_[x, rng.normal(size=len(x)), np.full(len(x), 7.)].astype(np.float32) for x in X], S
 
 
-@pytest.fixture(scope='module', params=[dict(), dict(architecture='transformer'), dict(architecture='mlp'), dict(differences=True), dict(members=2, reach=13), dict(calibrate=True)],
+@pytest.fixture(scope='module', params=[dict(), dict(architecture='transformer'), dict(architecture='mlp'),
+                                        dict(differences=True), dict(members=2, reach=13), dict(calibrate=True)],
                 ids=lambda o: '-'.join(f'{k}-{v}' for k, v in o.items()) or 'lstm')
 def student(request, plane): return Student(**FAST | request.param).fit(*plane, progress=False)
 
@@ -70,7 +73,8 @@ def test_shares_add_up(student, plane, baseline):
     frames = transition_frames(student, X, S, (0, 1), 60)
     came = np.concatenate([np.maximum.accumulate(np.where(s >= 0, 1, 0)) for s in S])
     a = integrated_gradients(student, X, S, frames[came[frames] > 0], baseline)
-    assert isinstance(a, Attributions) and a.gap <= 1e-3 and np.abs(a.values.sum((1, 2)) - (a.output - a.start)).max() < 2e-3 * np.abs(a.output - a.start).mean()
+    assert isinstance(a, Attributions) and a.gap <= 1e-3 and np.abs(a.values.sum((1, 2))
+        - (a.output - a.start)).max() < 2e-3 * np.abs(a.output - a.start).mean()
     assert np.allclose(a.by_feature.sum(1), a.by_frame.sum(1))
     if isinstance(baseline, str): assert np.abs(a.by_feature[:, 3]).max() < 1e-6 # a constant has nothing to explain
 
@@ -87,7 +91,8 @@ def test_linear_function_is_weight_times_input(window, n_read, n_features, seed)
     rng = np.random.default_rng(seed)
     weights, mix = rng.normal(size=(window, n_read)).astype(np.float32), rng.normal(size=(n_features, n_read))
     X, S = [rng.normal(size=(20, n_features)).astype(np.float32)], [np.r_[0, np.full(18, -1), 1].astype(np.int8)]
-    a = integrated_gradients(linear(weights, rng.normal(size=n_features), mix), X, S, np.arange(8, 15), X[0][0], steps=1)
+    a = integrated_gradients(linear(weights, rng.normal(size=n_features), mix), X, S, np.arange(8, 15), X[0][0],
+                             steps=1)
     back = np.arange(8, 15)[:, None] + np.arange(1 - window, 1)
     assert np.allclose(a.values, (X[0][back] - X[0][0]) * (weights @ mix.T), atol=1e-6)
 
@@ -98,7 +103,8 @@ def test_too_few_steps_are_refused():
     student = linear(np.ones((1, 1), np.float32), np.zeros(1), np.eye(1))
     student.networks = [Step()]
     X, S = [np.linspace(0, 1, 50, dtype=np.float32)[:, None]], [np.r_[0, np.full(48, -1), 1].astype(np.int8)]
-    with pytest.raises(ValueError, match='take more than 4 steps'): integrated_gradients(student, X, S, np.arange(30, 49), steps=4)
+    with pytest.raises(ValueError, match='take more than 4 steps'):
+        integrated_gradients(student, X, S, np.arange(30, 49), steps=4)
     assert integrated_gradients(student, X, S, np.arange(30, 49), steps=200).gap < 1e-6
 
 
@@ -107,10 +113,13 @@ def test_malformed_input(student, plane):
     with pytest.raises(ValueError, match='not been trained'): LogOdds(Student())
     with pytest.raises(ValueError, match='reads 4 features'): raw_windows(student, [x[:, :2] for x in X])
     with pytest.raises(ValueError, match='choose A, B, last'): integrated_gradients(student, X, S, np.array([50]), 'C')
-    with pytest.raises(ValueError, match='one frame of 4 features'): integrated_gradients(student, X, S, np.array([50]), np.zeros(3))
-    with pytest.raises(ValueError, match='no frame outside A and B has a committor'): transition_frames(student, X, S, (.5, .5))
+    with pytest.raises(ValueError, match='one frame of 4 features'):
+        integrated_gradients(student, X, S, np.array([50]), np.zeros(3))
+    with pytest.raises(ValueError, match='no frame outside A and B has a committor'):
+        transition_frames(student, X, S, (.5, .5))
     start = [np.where(np.arange(len(s)) < 20, -1, s).astype(np.int8) for s in S]
-    with pytest.raises(ValueError, match='they left no state'): integrated_gradients(student, X, start, np.array([3]), 'last')
+    with pytest.raises(ValueError, match='they left no state'):
+        integrated_gradients(student, X, start, np.array([3]), 'last')
     never = [np.full(len(s), -1, np.int8) for s in S]
     with pytest.raises(ValueError): permutation_importance(student, X, never, {'x': [0]})
     with pytest.raises(ValueError): integrated_gradients(student, X, never, np.array([3]), 'A')
@@ -176,7 +185,8 @@ def with_noise(seed, n_frames=30_000):
     rng, keep = np.random.default_rng(seed), np.exp(-1 / 20)
     from scipy.signal import lfilter
     slow = lambda n: lfilter([(1 - keep**2)**.5], [1, -keep], rng.normal(size=(n, 3)), axis=0)
-    return [np.hstack([x, x.sum(1, keepdims=True), x[:, :1] - x[:, 1:], rng.normal(size=(len(x), 3)), slow(len(x))]).astype(np.float32) for x in X], S
+    return [np.hstack([x, x.sum(1, keepdims=True), x[:, :1] - x[:, 1:], rng.normal(size=(len(x), 3)),
+                       slow(len(x))]).astype(np.float32) for x in X], S
 
 
 @pytest.fixture(scope='module')
@@ -185,16 +195,19 @@ def seeds():
     found = []
     for seed in range(11, 15):
         X, S = with_noise(seed)
-        student = Student('mlp', components=None, learning_rate=.01, max_epochs=6, seed=seed).fit(X[:2], S[:2], progress=False)
+        student = Student('mlp', components=None, learning_rate=.01, max_epochs=6, seed=seed).fit(X[:2], S[:2],
+                                                                                                  progress=False)
         frames = transition_frames(student, X[2:], S[2:], n_frames=200)
         groups = {k: [k] for k in range(10)} | {'all': range(4), 'noise': range(4, 10)}
-        found.append((permutation_importance(student, X[2:], S[2:], groups, t_max=seed == 11), np.abs(integrated_gradients(student, X[2:], S[2:], frames).by_feature).mean(0)))
+        found.append((permutation_importance(student, X[2:], S[2:], groups, t_max=seed == 11),
+                      np.abs(integrated_gradients(student, X[2:], S[2:], frames).by_feature).mean(0)))
     return found
 
 
 def test_noise_gets_nothing(seeds):
     z = np.array([(t.log_loss / np.hypot(t.se, 1e-5))[[*range(4, 10), 'noise']] for t, _ in seeds])
-    assert np.abs(z).max() < 4 and (np.abs(z) > 3).sum() <= 1 and (np.abs(z) > 2).mean() < .3 # of 28; blocks give a t distribution with 19 degrees of freedom
+    # of 28; blocks give a t distribution with 19 degrees of freedom
+    assert np.abs(z).max() < 4 and (np.abs(z) > 3).sum() <= 1 and (np.abs(z) > 2).mean() < .3
     assert max(t.log_loss['noise'] for t, _ in seeds) < .1 * min(t.log_loss[[0, 1, 2, 3]].min() for t, _ in seeds)
 
 
@@ -211,7 +224,8 @@ def test_the_plane_gets_its_share(seeds):
 def test_walker_reads_the_last_step(seed):
     X, S, q = persist1d().observe(persist1d().sample(20_000, 3, seed=seed))
     X = [x[:, :1] for x in X]
-    student = Student('lstm', differences=True, hidden=12, learning_rate=.01, max_epochs=12, seed=seed).fit(X[:2], S[:2], progress=False)
+    student = Student('lstm', differences=True, hidden=12, learning_rate=.01, max_epochs=12, seed=seed).fit(X[:2],
+        S[:2], progress=False)
     assert scores(student.transform(X[2:]), S[2:]).log_loss < scores(q[2:], S[2:]).log_loss + .03
     x = raw_windows(student, X[2:])(torch.from_numpy(transition_frames(student, X[2:], S[2:], n_frames=500))).double()
     by_step = in_steps(gradients(LogOdds(student), x)).mean(0)[:, 0]
@@ -251,7 +265,8 @@ def test_attention_of_a_student(plane):
         h = body.embed(x) + body.place
         for layer in body.encoder.layers: h = attention_layer(layer, h)[0]
         assert torch.allclose(torch.cat([h[:, -1], body.present(x[:, -1])], -1), body(x), atol=1e-5)
-    with pytest.raises(ValueError, match='has no attention'): attention(Student(**FAST).fit(X, S, progress=False), X, np.arange(3))
+    with pytest.raises(ValueError, match='has no attention'):
+        attention(Student(**FAST).fit(X, S, progress=False), X, np.arange(3))
 
 
 @pytest.fixture(scope='module')
@@ -264,7 +279,8 @@ def test_residues_and_contacts_find_their_place(villin):
     native, description = villin
     groups = residue_groups(description)
     assert list(groups) == [str(r) for r in native.topology.residues if str(r) in groups]
-    assert sum(map(len, groups.values())) == 2 * 151 # every contact and distance has two ends, and so has the end-to-end distance; Q, RMSD and Rg have none
+    # every contact and distance has two ends, and so has the end-to-end distance; Q, RMSD and Rg have none
+    assert sum(map(len, groups.values())) == 2 * 151
     for residue, columns in groups.items():
         assert all(any(a.startswith(residue + '-') for a in description.atoms[k]) for k in columns)
     values = np.arange(len(description), dtype=float)
@@ -292,7 +308,9 @@ def test_pictures(villin):
 def test_structure_in_the_browser(villin):
     pytest.importorskip('nglview')
     native, _ = villin
-    values = np.zeros(35); values[9] = 2.; values[3] = -1
+    values = np.zeros(35)
+    values[9] = 2.
+    values[3] = -1
     view = view_structure(native, values)
     text = view._ngl_component_ids and view._ngl_msg_archive[0]['args'][0]['data']
     factors = [float(line[60:66]) for line in text.splitlines() if line.startswith('ATOM')]

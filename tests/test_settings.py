@@ -17,7 +17,8 @@ def test_settings_ini_migrates_to_our_pyproject(tmp_path):
     extras = new['project']['optional-dependencies']
     assert extras.pop('docs') == ['quarto-cli']  # settings.ini knows one extra only
     assert set(extras.pop('export')) <= set(extras['dev'])  # onnx and its runtime, of chapter 48
-    assert extras.pop('torchmdnet') == ['torchmd-net>=3.1']  # another program's networks, of chapter 50; not needed by any test
+    # another program's networks, of chapter 50; not needed by any test
+    assert extras.pop('torchmdnet') == ['torchmd-net>=3.1']
     assert old['project'] == new['project']
     assert old['tool']['nbdev'].items() <= new['tool']['nbdev'].items()
 
@@ -35,7 +36,8 @@ def test_versions_agree():
 def test_every_dependency_is_constrained():
     import re
     project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
-    pinned = {re.split('==', line)[0].lower().replace('_', '-') for line in (ROOT/'constraints.txt').read_text().split()}
+    pinned = {re.split('==', line)[0].lower().replace('_', '-')
+              for line in (ROOT/'constraints.txt').read_text().split()}
     wanted = project['dependencies'] + project['optional-dependencies']['dev']
     names = {re.split('[<>=]', w)[0].lower().replace('_', '-') for w in wanted}
     assert names <= pinned, f'add to constraints.txt: {sorted(names - pinned)}'

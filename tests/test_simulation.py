@@ -43,12 +43,14 @@ def numpy_energy(m, x):
     r0, theta0, phi0 = fs.internal_coordinates(m.xyz)
     k1, k3 = m.dihedral_constants
     d = phi - phi0
-    e = [m.bond_constant/2*((r - r0)**2).sum(), m.angle_constant/2*((theta - theta0)**2).sum(), (k1*(1 - np.cos(d)) + k3*(1 - np.cos(3*d))).sum()]
+    e = [m.bond_constant/2*((r - r0)**2).sum(), m.angle_constant/2*((theta - theta0)**2).sum(),
+         (k1*(1 - np.cos(d)) + k3*(1 - np.cos(3*d))).sum()]
     i, j = m.contacts.T
     length, l0 = np.linalg.norm(x[i] - x[j], axis=1), m.contact_lengths
     e.append(m.contact_energy*(5*(l0/length)**12 - 6*(l0/length)**10).sum())
     native = set(map(tuple, m.contacts.tolist()))
-    e.append(sum(m.contact_energy*(m.core_radius/np.linalg.norm(x[a] - x[b]))**12 for a in range(len(x)) for b in range(a+4, len(x)) if (a, b) not in native))
+    e.append(sum(m.contact_energy*(m.core_radius/np.linalg.norm(x[a] - x[b]))**12 for a in range(len(x))
+                 for b in range(a+4, len(x)) if (a, b) not in native))
     s = np.where(length < l0, 1, np.exp(-(length - l0)**2/(2*m.switch_width**2)))
     e.append(-m.cooperativity*m.contact_energy*len(l0)*s.mean()**2)
     return np.array(e)
@@ -99,13 +101,15 @@ def test_only_one_whole_chain_is_kept(hth, tmp_path):
              'TER', 'HETATM  998 CA    CA A 101      10.000  10.000  10.000  1.00  0.00          CA',
              'HETATM  999  O   HOH A 102      20.000  10.000  10.000  1.00  0.00           O']
     second = [l[:16] + ' ' + l[17:21] + 'B' + l[22:] for l in atoms[:60]]
-    text = ['MODEL        1', *atoms[:2], alt, *atoms[2:], *extra, *second, 'ENDMDL', 'MODEL        2', *atoms, 'ENDMDL', 'END']
+    text = ['MODEL        1', *atoms[:2], alt, *atoms[2:], *extra, *second, 'ENDMDL', 'MODEL        2', *atoms,
+            'ENDMDL', 'END']
     (tmp_path/'mess.pdb').write_text('\n'.join(text) + '\n')
     clean, mess = GoModel.from_pdb(hth), GoModel.from_pdb(tmp_path/'mess.pdb')
     assert np.allclose(clean.xyz, mess.xyz) and (clean.contacts == mess.contacts).all()
     assert mess.residues[4] == 'NLE' and mess.residues[:4] == ['ALA']*4
     assert len(GoModel.from_pdb(tmp_path/'mess.pdb', chain='B').residues) == 12
-    with pytest.raises(ValueError, match='no protein chain .Z.; it has A, B'): fs.protein_chain(tmp_path/'mess.pdb', 'Z')
+    with pytest.raises(ValueError, match='no protein chain .Z.; it has A, B'):
+        fs.protein_chain(tmp_path/'mess.pdb', 'Z')
 
 
 @pytest.mark.parametrize('suffix', ['.cif', '.mmcif', '.CIF'])
@@ -127,17 +131,20 @@ def test_mmcif_is_the_same_chain(hth, model, tmp_path, suffix):
     assert (GoModel.from_pdb(tmp_path/f'two{suffix}').contacts == model.contacts).all()
 
 
-@pytest.mark.parametrize('text', ['', 'data_x\n', 'ATOM      1  N   ALA A   1', 'data_x\nloop_\n_atom_site.id\n_atom_site.Cartn_x\n1 2.0 3.0\n'])
+@pytest.mark.parametrize('text', ['', 'data_x\n', 'ATOM      1  N   ALA A   1',
+                                  'data_x\nloop_\n_atom_site.id\n_atom_site.Cartn_x\n1 2.0 3.0\n'])
 def test_an_unreadable_mmcif_says_so(tmp_path, text):
     (tmp_path/'bad.cif').write_text(text)
-    with pytest.raises(ValueError, match='bad.cif: not an mmCIF file that can be read'): fs.protein_chain(tmp_path/'bad.cif')
+    with pytest.raises(ValueError, match='bad.cif: not an mmCIF file that can be read'):
+        fs.protein_chain(tmp_path/'bad.cif')
 
 
 def test_unusable_structures_say_why(hth, tmp_path):
     ca = [l for l in hth.read_text().splitlines() if l[12:16].strip() == 'CA']
     (tmp_path/'ca.pdb').write_text('\n'.join(ca) + '\nEND\n')
     with pytest.raises(ValueError, match='heavy atoms'): GoModel.from_pdb(tmp_path/'ca.pdb')
-    with pytest.raises(ValueError, match='no native contact'): fs.go_model_from_pdb(build(tmp_path/'strand.pdb', [STRAND]*8))
+    with pytest.raises(ValueError, match='no native contact'):
+        fs.go_model_from_pdb(build(tmp_path/'strand.pdb', [STRAND]*8))
     with pytest.raises(FileNotFoundError, match='absent.pdb'): GoModel.from_pdb(tmp_path/'absent.pdb')
     (tmp_path/'broken.json').write_text('{"name": ')
     with pytest.raises(ValueError, match='broken.json'): GoModel.load(tmp_path/'broken.json')
@@ -155,7 +162,8 @@ def test_an_id_is_looked_up_in_the_protein_data_bank(hth, monkeypatch, model):
 
 def test_the_integrator_is_the_documented_one(model):
     integrator = model.context(100.0, 1).getIntegrator()
-    assert (integrator.getFriction()._value, integrator.getStepSize()._value) == (fs.FRICTION, fs.TIME_STEP) == (0.5, 0.004)
+    assert (integrator.getFriction()._value, integrator.getStepSize()._value) == (fs.FRICTION, fs.TIME_STEP) == (0.5,
+                                                                                                                 0.004)
     assert fs.go_system(replace(model, cooperativity=0.0)).getNumForces() == 5
     assert fs.go_system(model).getNumForces() == 6
 
@@ -174,7 +182,8 @@ def test_extended_chain_keeps_bonds_and_angles(model):
 
 
 def test_bonds_are_at_the_temperature(model):
-    "Bond variance is kT/k. Bonds forget within 1/friction, here one frame: a sample a frame and bond, half of them independent."
+    """Bond variance is kT/k. Bonds forget within 1/friction, here one frame: a sample a frame and bond, half of them
+    independent."""
     state = dict(x=model.xyz, v=np.zeros_like(model.xyz))
     frames, end = fs.run_segment(model, state, 400, 500, 137.0, 7)
     xyz, energy = frames['xyz'], frames['energy']
@@ -212,7 +221,8 @@ def test_killed_run_ends_with_the_same_bytes(model, tmp_path):
 
 @pytest.mark.parametrize('function, call', [('_write_arrays', 5), ('_write_text', 2), ('_pieces', 1)])
 def test_stopped_at_any_write_it_goes_on(model, tmp_path, monkeypatch, function, call):
-    "Stopped at a segment, before the record, in the middle of the last file: nothing half-written has a name that counts."
+    """Stopped at a segment, before the record, in the middle of the last file: nothing half-written has a name that
+    counts."""
     whole = fs.simulate(model, tmp_path/'whole.xtc', **JOB)
     real, calls = getattr(fs, function), []
 
@@ -240,13 +250,15 @@ def test_formats_and_arrays(model, tmp_path, suffix):
         assert z['energy'].shape == (33,) and z['forces'].shape == (33, 21, 3) # of all atoms
         np.testing.assert_allclose(z['energy'], fs.energies(model, full.xyz).sum(1), atol=0.05)
     made = json.loads((tmp_path/f'a.{suffix}.json').read_text())
-    assert made['keep'] == ['energy', 'forces'] and made['versions']['openmm'] and made['temperature'] == model.temperature
+    assert made['keep'] == ['energy',
+                            'forces'] and made['versions']['openmm'] and made['temperature'] == model.temperature
     with pytest.raises(ValueError, match='a.trr: write .xtc, .dcd or .h5'): fs.simulate(model, tmp_path/'a.trr', **job)
 
 
 @pytest.mark.parametrize('temperature', [0, -3, float('nan')])
 def test_temperature_is_above_zero(model, tmp_path, temperature):
-    with pytest.raises(ValueError, match='above zero'): fs.simulate(model, tmp_path/'cold'/'a.xtc', **JOB | dict(temperature=temperature))
+    with pytest.raises(ValueError, match='above zero'):
+        fs.simulate(model, tmp_path/'cold'/'a.xtc', **JOB | dict(temperature=temperature))
     assert not (tmp_path/'cold').exists()
 
 
@@ -262,8 +274,10 @@ def test_a_full_disk_is_said_and_costs_nothing(model, tmp_path, monkeypatch):
             raise OSError(28, 'No space left on device')
         real(f, **arrays)
     monkeypatch.setattr(np, 'savez', full)
-    with pytest.raises(OSError, match='no space left to write 000000040.npz.*run the same command again'): fs.simulate(model, tmp_path/'b.xtc', **JOB)
-    assert sorted(p.name for p in (tmp_path/'b.xtc.segments').iterdir()) == ['000000010.npz', '000000020.npz', '000000030.npz', 'task']
+    with pytest.raises(OSError, match='no space left to write 000000040.npz.*run the same command again'):
+        fs.simulate(model, tmp_path/'b.xtc', **JOB)
+    assert sorted(p.name for p in (tmp_path/'b.xtc.segments').iterdir()) == ['000000010.npz', '000000020.npz',
+                                                                             '000000030.npz', 'task']
     monkeypatch.undo()
     assert fs.simulate(model, tmp_path/'b.xtc', **JOB).read_bytes() == whole.read_bytes()
     with pytest.raises(FileNotFoundError), fs.writing(tmp_path/'x') as tmp: open(tmp/'no')
@@ -272,7 +286,8 @@ def test_a_full_disk_is_said_and_costs_nothing(model, tmp_path, monkeypatch):
 
 def test_other_settings_do_not_continue_a_run(model, tmp_path):
     fs.simulate(model, tmp_path/'a.xtc', **JOB)
-    with pytest.raises(ValueError, match='choose another output'): fs.simulate(model, tmp_path/'a.xtc', **JOB | dict(seed=5))
+    with pytest.raises(ValueError, match='choose another output'):
+        fs.simulate(model, tmp_path/'a.xtc', **JOB | dict(seed=5))
     (tmp_path/'c.xtc.segments').mkdir()
     (tmp_path/'c.xtc.segments'/'task').write_text('other')
     with pytest.raises(ValueError, match='another model, seed or length'): fs.simulate(model, tmp_path/'c.xtc', **JOB)
@@ -282,7 +297,8 @@ def test_other_settings_do_not_continue_a_run(model, tmp_path):
 
 
 def test_a_failed_integration_is_not_written(model, tmp_path):
-    with pytest.raises(ValueError, match='hot.xtc.*integration failed'): fs.simulate(model, tmp_path/'hot.xtc', **JOB | dict(temperature=1e7))
+    with pytest.raises(ValueError, match='hot.xtc.*integration failed'):
+        fs.simulate(model, tmp_path/'hot.xtc', **JOB | dict(temperature=1e7))
     assert not list(tmp_path.glob('hot*.xtc')) and not list((tmp_path/'hot.xtc.segments').glob('*.npz'))
 
 
@@ -292,7 +308,8 @@ def test_ensemble_over_processes_is_the_serial_one(model, tmp_path):
     one = fs.ensemble(m, tmp_path/'one', n_workers=1, **job)
     with fs.workers(n_workers=2) as client:
         two = fs.ensemble(m, tmp_path/'two', client=client, **job)
-        shots = fs.shoot(m, m.xyz[None], 2, 3, client=client, steps_per_frame=5, max_frames=3, unfolded=.1, folded=2, progress=False)
+        shots = fs.shoot(m, m.xyz[None], 2, 3, client=client, steps_per_frame=5, max_frames=3, unfolded=.1, folded=2,
+                         progress=False)
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
     assert one[0].read_bytes() != one[1].read_bytes()
     assert (GoModel.load(tmp_path/'two'/'model.json').contacts == m.contacts).all()
@@ -328,15 +345,18 @@ def test_folding_temperature_of_exact_data(T_f, H, seed):
 def test_folding_temperature_of_counted_data():
     "Fractions of 100 independent looks: the error is that of repeated scans."
     T, rng = np.repeat(np.linspace(122, 152, 7), 2), np.random.default_rng(1)
-    fits = np.array([fs.folding_temperature(T, rng.binomial(100, fs.two_states(T, 137.0, 60.0))/100) for _ in range(200)])
+    fits = np.array([fs.folding_temperature(T, rng.binomial(100, fs.two_states(T, 137.0, 60.0))/100)
+                     for _ in range(200)])
     z = (fits[:, 0] - 137)/fits[:, 1]
     assert abs(fits[:, 0].mean() - 137) < 4*fits[:, 0].std()/200**0.5 and 0.8 < z.std() < 1.4
 
 
 def test_a_scan_that_missed_says_where_to_look():
     T = np.array([120, 130, 140])
-    with pytest.raises(ValueError, match='all folded up to T = 140 K: scan higher'): fs.folding_temperature(T, [1, .9, .7])
-    with pytest.raises(ValueError, match='all unfolded down to T = 120 K: scan lower'): fs.folding_temperature(T, [.4, .2, 0])
+    with pytest.raises(ValueError, match='all folded up to T = 140 K: scan higher'):
+        fs.folding_temperature(T, [1, .9, .7])
+    with pytest.raises(ValueError, match='all unfolded down to T = 120 K: scan lower'):
+        fs.folding_temperature(T, [.4, .2, 0])
     with pytest.raises(ValueError, match='too short to fold'): fs.folding_temperature(T, [.2, .5, .9])
     for bad in ([.9, .1], [.9, np.nan, .1], [1.2, .5, .1]):
         with pytest.raises(ValueError, match='a folded fraction'): fs.folding_temperature(T[:len(bad)], bad)
@@ -358,7 +378,8 @@ def test_folding_curve_goes_on_and_grows(model, tmp_path, monkeypatch):
     monkeypatch.undo()
     more = fs.folding_curve(m, tmp_path/'b', [140, 100, 180], n_workers=1, **job)
     assert list(whole.columns) == ['T', 'start', 'folded', 'transitions'] and len(more) == 6
-    assert more[more['T'] < 150].sort_values(['T', 'start']).values.tolist() == whole.sort_values(['T', 'start']).values.tolist()
+    assert more[more['T'] < 150].sort_values(['T', 'start']).values.tolist() == whole.sort_values(['T',
+        'start']).values.tolist()
     starts = [md.load(str(tmp_path/'b'/f'hth-{T}-native.xtc'), top=m.native).xyz for T in (100, 140)]
     assert np.abs(starts[0] - starts[1]).max() > 0.01
 
@@ -370,11 +391,13 @@ def test_transitions_are_counted():
 
 def chains(forward, backward, seed, length=4000):
     rng = np.random.default_rng(seed)
-    return [np.cumsum(rng.choice([0, 1, -1], length, p=[1 - forward - backward, forward, backward])) % 4 for _ in range(8)]
+    return [np.cumsum(rng.choice([0, 1, -1], length, p=[1 - forward - backward, forward, backward])) % 4
+            for _ in range(8)]
 
 
 def test_net_flux_follows_student_and_sees_a_drive():
-    "Over many fair rings t has mean square 7/5 and no favourite sign; a driven one shows at once, and more at a longer lag."
+    """Over many fair rings t has mean square 7/5 and no favourite sign; a driven one shows at once, and more at a
+    longer lag."""
     fair = np.array([fs.net_flux_t(chains(.2, .2, k), 4)[0] for k in range(300)])
     assert abs(fair.mean()) < 4*(1.4/300)**0.5 and abs((fair**2).mean() - 1.4) < 4*(7.84/300)**0.5
     assert (abs(fs.net_flux_t(chains(.25, .15, 1), 4)) > 5).all()
@@ -385,12 +408,14 @@ def test_net_flux_follows_student_and_sees_a_drive():
 
 def test_free_energy_of_a_known_law():
     rng = np.random.default_rng(0)
-    f, df = fs.free_energy([rng.uniform(0, 1, 4000)**0.5 for _ in range(8)], np.linspace(0, 1, 5))  # density 2q: bins 1, 3, 5, 7 sixteenths
+    # density 2q: bins 1, 3, 5, 7 sixteenths
+    f, df = fs.free_energy([rng.uniform(0, 1, 4000)**0.5 for _ in range(8)], np.linspace(0, 1, 5))
     assert (abs(f - np.log(7/np.array([1, 3, 5, 7]))) < 5*df + 1e-9).all() and (df < 0.05).all()
 
 
 def test_shooting_resumes_and_repeats(model, tmp_path):
-    job = dict(n_shots=3, seed=1, n_workers=1, steps_per_frame=50, max_frames=40, unfolded=0.6, folded=0.9, progress=False)
+    job = dict(n_shots=3, seed=1, n_workers=1, steps_per_frame=50, max_frames=40, unfolded=0.6, folded=0.9,
+               progress=False)
     xyz = fs.run_segment(model, dict(x=model.xyz, v=np.zeros_like(model.xyz)), 5, 40, 137.0, 2)[0]['xyz']
     want = fs.shoot(model, xyz, **job)
     real, calls = fs.shoot_frame, []
@@ -468,7 +493,8 @@ def test_adaptive_shots_resume_and_know_no_order(model, tmp_path, monkeypatch):
         monkeypatch.setattr(fs, 'shoot_frame', coin)
         assert (fs.shoot(model, xyz, out=out, **COINS) == want).all()
         assert np.load(out)['batches'].tolist() == [len(fs.batch_sizes(o, 20, 0.05)) for o in want]
-        with pytest.raises(ValueError, match='shots of another'): fs.shoot(model, xyz, out=out, **COINS | dict(target_error=0.04))
+        with pytest.raises(ValueError, match='shots of another'):
+            fs.shoot(model, xyz, out=out, **COINS | dict(target_error=0.04))
 
     def shuffled(job, left, need, *_):
         rng, left = np.random.default_rng(0), list(left)
@@ -481,7 +507,8 @@ def test_adaptive_shots_resume_and_know_no_order(model, tmp_path, monkeypatch):
 
 
 def test_adaptive_shots_over_workers_are_the_serial_ones(model):
-    job = dict(n_shots=4, seed=1, target_error=0.15, max_shots=20, steps_per_frame=50, max_frames=40, unfolded=0.6, folded=0.9, progress=False)
+    job = dict(n_shots=4, seed=1, target_error=0.15, max_shots=20, steps_per_frame=50, max_frames=40, unfolded=0.6,
+               folded=0.9, progress=False)
     xyz = fs.run_segment(model, dict(x=model.xyz, v=np.zeros_like(model.xyz)), 4, 40, 137.0, 2)[0]['xyz']
     one = fs.shoot(model, xyz, n_workers=1, **job)
     assert (fs.shoot(model, xyz, n_workers=2, **job) == one).all() and (one == -2).any()
@@ -492,16 +519,19 @@ def test_undecided_shots_get_no_endless_company(model, monkeypatch, capsys):
     monkeypatch.setattr(fs, 'shoot_frame', coin)
     xyz = TRUTH[:, None, None]
     got = fs.shoot(model, xyz, undecided=1.1, **COINS)
-    assert ((got == -1).sum(1) == 20).all() and (got[:, 20:] == -2).all() and '1300 of 1300 shots' in capsys.readouterr().out
+    assert ((got == -1).sum(1) == 20).all() and (got[:, 20:]
+                                                 == -2).all() and '1300 of 1300 shots' in capsys.readouterr().out
     some = fs.shoot(model, xyz, undecided=0.3, **COINS)
     assert fs.committor_estimate(some)[1].max() <= 0.05 + 1e-12 and f'{(some == -1).sum()} of {(some > -2).sum()} shots' in capsys.readouterr().out
     with pytest.raises(ValueError, match='another first batch'): fs.batch_sizes(np.int8([0]*20 + [1]*380), 20, 0.05)
 
 
-@pytest.mark.parametrize('settings, words', [(dict(n_shots=0), 'at least one'), (dict(temperature=0), 'above zero'), (dict(temperature=-1.0), 'above zero'), (dict(target_error=0), 'between 0 and 0.5'),
+@pytest.mark.parametrize('settings, words', [(dict(n_shots=0), 'at least one'), (dict(temperature=0), 'above zero'),
+    (dict(temperature=-1.0), 'above zero'), (dict(target_error=0), 'between 0 and 0.5'),
                                              (dict(target_error=0.1, n_shots=500), 'at most 400')])
 def test_impossible_shots_are_refused(model, settings, words, tmp_path):
-    with pytest.raises(ValueError, match=words): fs.shoot(model, model.xyz[None], out=tmp_path/'s.npz', n_workers=1, **settings)
+    with pytest.raises(ValueError, match=words):
+        fs.shoot(model, model.xyz[None], out=tmp_path/'s.npz', n_workers=1, **settings)
     if not {'target_error'} & set(settings):
         with pytest.raises(ValueError, match=words): fs.shoot_frame(model, model.xyz, 1, **settings)
     assert not list(tmp_path.iterdir())
@@ -511,7 +541,8 @@ def test_committor_estimate_leaves_undecided_out(capsys, model):
     q, se = fs.committor_estimate(np.array([[1, 1, 0, -1, -2], [-1, -1, -1, -1, -1], [0, 0, 0, 0, -2]], np.int8))
     assert np.allclose(q[[0, 2]], [2/3, 0]) and np.isnan(q[1]) and np.allclose(se[0], np.sqrt(2/27))
     assert se[2] > 0
-    fs.shoot(model, model.xyz[None], 2, n_workers=1, max_frames=1, steps_per_frame=1, folded=2, unfolded=-1, progress=False)
+    fs.shoot(model, model.xyz[None], 2, n_workers=1, max_frames=1, steps_per_frame=1, folded=2, unfolded=-1,
+             progress=False)
     assert '2 of 2 shots' in capsys.readouterr().out
 
 
@@ -526,12 +557,16 @@ def test_chosen_frames_lie_between_the_states():
 def test_shoot_ensemble_chooses_shoots_and_writes(model, tmp_path):
     rng = np.random.default_rng(1)
     xyz = [model.xyz + rng.normal(scale=s, size=(40, *model.xyz.shape)) for s in (0.1, 0.15)]
-    got = fs.shoot_ensemble(model, xyz, [1], tmp_path/'shots.npz', n=3, n_shots=2, seed=5, n_workers=1, steps_per_frame=20, max_frames=3, progress=False)
+    got = fs.shoot_ensemble(model, xyz, [1], tmp_path/'shots.npz', n=3, n_shots=2, seed=5, n_workers=1,
+                            steps_per_frame=20, max_frames=3, progress=False)
     with np.load(tmp_path/'shots.npz') as z: assert all((z[k] == v).all() for k, v in got.items())
-    assert set(got['trajectory']) == {1} and got['outcomes'].shape == (3, 2) and got['steps_per_frame'] == 20 and 'batches' not in got
+    assert set(got['trajectory']) == {1} and got['outcomes'].shape == (3,
+        2) and got['steps_per_frame'] == 20 and 'batches' not in got
     assert [p.name for p in tmp_path.iterdir()] == ['shots.npz']
-    more = fs.shoot_ensemble(model, xyz, [1], tmp_path/'more.npz', n=3, n_shots=2, seed=5, target_error=0.2, max_shots=9, n_workers=1, steps_per_frame=20, max_frames=3, progress=False)
-    assert (more['batches'].sum(1) == (more['outcomes'] > -2).sum(1)).all() and more['outcomes'].shape == (3, 9) and more['target_error'] == 0.2
+    more = fs.shoot_ensemble(model, xyz, [1], tmp_path/'more.npz', n=3, n_shots=2, seed=5, target_error=0.2,
+                             max_shots=9, n_workers=1, steps_per_frame=20, max_frames=3, progress=False)
+    assert (more['batches'].sum(1) == (more['outcomes'] > -2).sum(1)).all() and more['outcomes'].shape == (3,
+        9) and more['target_error'] == 0.2
     assert (more['outcomes'][:, :2] == got['outcomes']).all()
 
 
@@ -539,7 +574,8 @@ def test_shoot_ensemble_chooses_shoots_and_writes(model, tmp_path):
 def test_shipped_model_made_the_shipped_data(name, residues, contacts, passages):
     from foldbook.data import fetch
     m, d = fs.shipped_model(name), fetch(name, progress=False)
-    assert (m.name, len(m.residues), len(m.contacts), m.residues.count('NLE')) == (name, residues, contacts, 2*(name == 'villin_go'))
+    assert (m.name, len(m.residues), len(m.contacts), m.residues.count('NLE')) == (name, residues, contacts,
+                                                                                   2*(name == 'villin_go'))
     counts = []
     for p in d.trajectories:
         x = md.load(str(p), top=str(d.topology)).xyz
@@ -561,9 +597,11 @@ def test_figures_are_drawn():
     assert len(fs.plot_q(q, 6.0)) == 2
     assert fs.plot_free_energy(q).get_xlabel() == 'Q'
     ax = fs.plot_contacts(shipped := fs.shipped_model(), shipped.xyz[None])
-    assert (ax.get_xlabel(), len(ax.collections[0].get_offsets())) == ('residue', 75) and (ax.collections[1].get_array() == 1).all()
+    assert (ax.get_xlabel(), len(ax.collections[0].get_offsets())) == ('residue',
+        75) and (ax.collections[1].get_array() == 1).all()
     import pandas as pd
     T = np.repeat([120., 130, 140, 150], 2)
-    ax = fs.plot_folding_curve(pd.DataFrame(dict(T=T, start=['native', 'extended']*4, folded=fs.two_states(T, 136, 60), transitions=1)))
+    ax = fs.plot_folding_curve(pd.DataFrame(dict(T=T, start=['native', 'extended']*4, folded=fs.two_states(T, 136, 60),
+                                                 transitions=1)))
     assert ax.get_ylabel() == 'folded fraction' and '136.0' in ax.get_legend().get_texts()[-1].get_text()
     assert fs.plot_shooting(np.array([.3, .6]), np.array([[0, 0], [1, 1]])).get_ylabel() == 'committor by shooting'

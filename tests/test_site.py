@@ -47,14 +47,16 @@ def test_page_has_a_title_and_no_broken_link(name, pages):
     front = next(yaml.safe_load(''.join(c['source']).strip().strip('-')) for c in cells if c['cell_type'] == 'raw')
     assert {'title', 'description', 'output-file'} <= set(front)
     local = re.findall(r'\]\((?!https?:|#|data:|attachment:)([^)#\s]+)', text)
-    missing = [link for link in local if not any((ROOT/'nbs'/link).with_suffix(s).exists() for s in (Path(link).suffix, '.ipynb'))]
+    missing = [link for link in local if not any((ROOT/'nbs'/link).with_suffix(s).exists()
+                                                 for s in (Path(link).suffix, '.ipynb'))]
     assert not missing, f'{name} links to {missing}'
 
 
 @pytest.mark.parametrize('name', [p for p in PAGES if p[0].isdigit()])
 def test_every_public_name_is_shown(name, pages):
     source = json.loads((ROOT/'nbs'/name).read_text())
-    code = '\n'.join(''.join(c['source']) for c in source['cells'] if re.search(r'^#\|\s*exports?\b', ''.join(c['source']), re.M))
+    code = '\n'.join(''.join(c['source']) for c in source['cells'] if re.search(r'^#\|\s*exports?\b',
+                                                                                ''.join(c['source']), re.M))
     public = set(re.findall(r'^(?:def|class) ([A-Za-z]\w*)', code, re.M))
     page = json.dumps(pages[name])
     assert all(n in page for n in public)

@@ -22,9 +22,15 @@ TYPES = np.array([4, 4, 5, 8, 6, 13, 2, 13, 7, 4])
 pytestmark = pytest.mark.filterwarnings('ignore::foldbook.data.LicenceNotice')
 
 
-def npy(a): np.save(b := io.BytesIO(), a); return b.getvalue()
-def npz(*a, **k): np.savez(b := io.BytesIO(), *a, **k); return b.getvalue()
-def text(a): np.savetxt(b := io.StringIO(), a); return b.getvalue().encode()
+def npy(a):
+    np.save(b := io.BytesIO(), a)
+    return b.getvalue()
+def npz(*a, **k):
+    np.savez(b := io.BytesIO(), *a, **k)
+    return b.getvalue()
+def text(a):
+    np.savetxt(b := io.StringIO(), a)
+    return b.getvalue().encode()
 
 
 def tar(files): # name -> bytes
@@ -56,27 +62,37 @@ def mdcath(tmp, runs=((348, 3),), **change):
     with h5py.File(path := tmp/'made.h5', 'w', libver='latest') as h:
         pdb = saved(chain(5, 1), 'pdb', tmp).decode()
         h['1abcA00/pdb'], h['1abcA00/pdbProteinAtoms'] = pdb*3, pdb
-        for t, r in runs: h.update({f'1abcA00/{t}/{r}/{k}': v + (t + r)*(k == 'coords' and len(runs) > 1) for k, v in nodes.items() if v is not None})
+        for t, r in runs:
+            h.update({f'1abcA00/{t}/{r}/{k}': v + (t + r)*(k == 'coords' and len(runs) > 1)
+                      for k, v in nodes.items() if v is not None})
     return path.read_bytes()
 
 
 def good(name, tmp): # file name -> bytes, as the set's files are called
-    ca = {f'chignolin_ca_{k}.npy': npy(v) for k, v in dict(coords=X*10, forces=F/41.84, deltaforces=F/83.68, embeddings=TYPES).items()}
+    ca = {f'chignolin_ca_{k}.npy': npy(v) for k, v in dict(coords=X*10, forces=F/41.84, deltaforces=F/83.68,
+                                                           embeddings=TYPES).items()}
     pdb, dcd, xtc = (saved(chain(frames=n), s, tmp) for n, s in ((1, 'pdb'), (30, 'dcd'), (30, 'xtc')))
-    part = lambda kind, a: tar({f'{kind}s_nowater/chig_{"coor" if kind == "coord" else kind}_{n}.npy': npy(a[m:m + 9]) for n, m in (('b', 9), ('a', 0))})
+    part = lambda kind, a: tar({f'{kind}s_nowater/chig_{"coor" if kind == "coord" else kind}_{n}.npy': npy(a[m:m + 9])
+                                for n, m in (('b', 9), ('a', 0))})
     return {
         'majewski_chignolin_ca': ca,
         'torchmd_chignolin': {'torchMD_tutorial_data.tar.gz': tar({k: ca[k] for k in list(ca)[:2]})},
-        'majewski_chignolin_cg': {'chignolin_cgtraj_protspecific.tar.gz': tar({'runs/a.xtc': xtc}), 'chignolin_cgtraj_multiprotein.tar.gz': tar({'b.xtc': xtc}), 'chignolin_ca.pdb': pdb},
-        'majewski_chignolin': {'chignolin_trajectories.tar.gz': tar({'filtered/x.xtc': xtc, 'filtered/filtered.pdb': pdb})},
+        'majewski_chignolin_cg': {'chignolin_cgtraj_protspecific.tar.gz': tar({'runs/a.xtc': xtc}),
+                                  'chignolin_cgtraj_multiprotein.tar.gz': tar({'b.xtc': xtc}), 'chignolin_ca.pdb': pdb},
+        'majewski_chignolin': {'chignolin_trajectories.tar.gz': tar({'filtered/x.xtc': xtc,
+                                                                     'filtered/filtered.pdb': pdb})},
         'majewski_structures': {'experimental_structures.tar.gz': tar({'chignolin.pdb': pdb, 'other.pdb': pdb})},
         'chignolin_forces': {'chignolin_generators.tar.gz': tar({'chignolin_50ns_0/structure.pdb': pdb}),
-                             'chignolin_coords_nowater.tar.gz': part('coord', X*10), 'chignolin_forces_nowater.tar.gz': part('force', F/41.84)},
-        'ala2_forces': {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X*10, forces=F/41.84), 'al2.pdb': pdb},
-        'ala2_dihedrals': {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(ANGLES[:, :2], ANGLES[:7, :2], ANGLES[:9, :2])},
+                             'chignolin_coords_nowater.tar.gz': part('coord', X*10),
+                             'chignolin_forces_nowater.tar.gz': part('force', F/41.84)},
+        'ala2_forces': {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X*10, forces=F/41.84),
+                        'al2.pdb': pdb},
+        'ala2_dihedrals': {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(ANGLES[:, :2], ANGLES[:7, :2],
+                                                                                   ANGLES[:9, :2])},
         'doublewell_hmm': {'hmm-doublewell-2d-100k.npz': npz(trajectory=ANGLES[:, :2], transition_matrix=np.eye(2))},
         'mdcath:1abcA00': {'mdcath_dataset_1abcA00.h5': mdcath(tmp)},
-        'hp35_desres': {'hp35.dihs.shifted.bz2': bz2.compress(text(ANGLES)), 'hp35.mindists2.bz2': bz2.compress(text(GAPS)), 'hp35.mindists2.ndx': b'# pairs\n3 7\n9 32\n'},
+        'hp35_desres': {'hp35.dihs.shifted.bz2': bz2.compress(text(ANGLES)),
+                        'hp35.mindists2.bz2': bz2.compress(text(GAPS)), 'hp35.mindists2.ndx': b'# pairs\n3 7\n9 32\n'},
         'villin_rmsd': {'2f4k.CArmsd': text(np.c_[np.arange(40), 10*GAPS[:, 0]])},
         'ala2_msmbuilder': {'ala2_msmbuilder.zip': zipped({'t-0.dcd': dcd, 't-1.dcd': dcd, 'ala2.pdb': pdb})},
         'atlas:1abc_A': {'1abc_A_protein.zip': zipped({'1abc_A_R1.xtc': xtc, '1abc_A_R2.xtc': xtc, '1abc_A.pdb': pdb})},
@@ -104,7 +120,8 @@ def check_trajectories(n, spacing, atol=2e-6):
 def check_frames(*parts):
     def check(got):
         assert len(got) == len(parts)
-        for t, part in zip(got, parts): close(t.xyz, X[part]), close(t.forces, F[part]), close(t.trajectory(1, 3).xyz, X[part][1:3])
+        for t, part in zip(got, parts):
+            close(t.xyz, X[part]), close(t.forces, F[part]), close(t.trajectory(1, 3).xyz, X[part][1:3])
     return check
 
 
@@ -118,7 +135,8 @@ def check_mdcath(got):
 def check_hp35(got):
     d, c = got['dihedrals'], got['distances']
     close(d.values[0], ANGLES.astype(np.float32)), close(c.values[0], GAPS.astype(np.float32))
-    assert d.features.names[:3] == ('phi2', 'psi2', 'phi3') and d.features.names[-1] == 'psi34' and set(d.features.units) == {'rad'}
+    assert d.features.names[:3] == ('phi2', 'psi2',
+                                    'phi3') and d.features.names[-1] == 'psi34' and set(d.features.units) == {'rad'}
     assert c.features.names == ('d_3_7', 'd_9_32') and c.features.units == ('nm', 'nm') and c.spacing_ps == 200.
 
 
@@ -126,7 +144,8 @@ def check_rmsd(got): close(got.values[0], GAPS[:, :1].astype(np.float32)), close
 
 
 def check_dihedrals(got):
-    assert [v.shape for v in got.values] == [(40, 2), (7, 2), (9, 2)] and got.features.names == ('phi', 'psi') and got.features.units == ('rad', 'rad')
+    assert [v.shape for v in got.values] == [(40, 2), (7, 2), (9, 2)] and got.features.names == ('phi',
+        'psi') and got.features.units == ('rad', 'rad')
     close(got.values[2], ANGLES[:9, :2])
 
 
@@ -140,9 +159,14 @@ def check_structures(*names):
     return check
 
 
-CHECKS = {'majewski_chignolin_ca': check_ca, 'torchmd_chignolin': lambda got: check_ca(got, False), 'majewski_chignolin_cg': check_trajectories(2, 1., 6e-4), 'majewski_chignolin': check_trajectories(1, 1., 6e-4),
-          'majewski_structures': check_structures('chignolin', 'other'), 'chignolin_forces': check_frames(slice(0, 9), slice(9, 18)), 'ala2_forces': check_frames(slice(None)), 'ala2_dihedrals': check_dihedrals,
-          'doublewell_hmm': check_wells, 'mdcath:1abcA00': check_mdcath, 'hp35_desres': check_hp35, 'villin_rmsd': check_rmsd, 'ala2_msmbuilder': check_trajectories(2, 1.), 'atlas:1abc_A': check_trajectories(2, 10., 6e-4),
+CHECKS = {'majewski_chignolin_ca': check_ca, 'torchmd_chignolin': lambda got: check_ca(got, False),
+    'majewski_chignolin_cg': check_trajectories(2, 1., 6e-4), 'majewski_chignolin': check_trajectories(1, 1., 6e-4),
+          'majewski_structures': check_structures('chignolin', 'other'),
+          'chignolin_forces': check_frames(slice(0, 9), slice(9, 18)), 'ala2_forces': check_frames(slice(None)),
+          'ala2_dihedrals': check_dihedrals,
+          'doublewell_hmm': check_wells, 'mdcath:1abcA00': check_mdcath, 'hp35_desres': check_hp35,
+          'villin_rmsd': check_rmsd, 'ala2_msmbuilder': check_trajectories(2, 1.),
+          'atlas:1abc_A': check_trajectories(2, 10., 6e-4),
           'pdb:2F4K': check_structures('2F4K')}
 
 
@@ -157,14 +181,16 @@ def served(web, name, tmp, files=None, **change):
     "The register's entry with its files on the server of the test, and without their published checksums."
     d = fd.info(name)
     for n, body in (files or good(name, tmp)).items(): web.files[f'/{n}'] = Answer(body, etag='"v1"')
-    return replace(d, files=tuple(replace(f, **{'checksum': None, 'size': None, 'url': f'{web.url}/{f.name}'} | change) for f in d.files))
+    return replace(d, files=tuple(replace(f, **{'checksum': None, 'size': None, 'url': f'{web.url}/{f.name}'} | change)
+                                  for f in d.files))
 
 
 @pytest.fixture
 def load(web, tmp_path):
     "Load a set from the server; files may be replaced."
     def run(name, files=None, change=None, **options):
-        return fs.load(served(web, name, tmp_path, good(name, tmp_path) | (files or {}), **change or {}), False, tmp_path/'cache', **options)
+        return fs.load(served(web, name, tmp_path, good(name, tmp_path) | (files or {}), **change or {}), False,
+                       tmp_path/'cache', **options)
     return run
 
 
@@ -205,10 +231,15 @@ def test_broken_line_goes_on(web, tmp_path, name):
     for f in d.files: assert fd.checksum(tmp_path/'cache'/d.name/f.name) == sha(files[f'/{f.name}'].body)
 
 
-TORN = [(n, f) for n, files in {'majewski_chignolin_ca': ['chignolin_ca_coords.npy', 'chignolin_ca_forces.npy', 'chignolin_ca_deltaforces.npy', 'chignolin_ca_embeddings.npy'],
-    'torchmd_chignolin': ['torchMD_tutorial_data.tar.gz'], 'majewski_chignolin': ['chignolin_trajectories.tar.gz'], 'chignolin_forces': ['chignolin_forces_nowater.tar.gz'],
-    'ala2_forces': ['alanine-dipeptide-1Mx1ps-with-force.npz'], 'ala2_dihedrals': ['alanine-dipeptide-3x250ns-backbone-dihedrals.npz'], 'doublewell_hmm': ['hmm-doublewell-2d-100k.npz'],
-    'mdcath:1abcA00': ['mdcath_dataset_1abcA00.h5'], 'hp35_desres': ['hp35.dihs.shifted.bz2', 'hp35.mindists2.bz2'], 'ala2_msmbuilder': ['ala2_msmbuilder.zip']}.items() for f in files]
+TORN = [(n, f) for n, files in {'majewski_chignolin_ca': ['chignolin_ca_coords.npy', 'chignolin_ca_forces.npy',
+    'chignolin_ca_deltaforces.npy', 'chignolin_ca_embeddings.npy'],
+    'torchmd_chignolin': ['torchMD_tutorial_data.tar.gz'], 'majewski_chignolin': ['chignolin_trajectories.tar.gz'],
+    'chignolin_forces': ['chignolin_forces_nowater.tar.gz'],
+    'ala2_forces': ['alanine-dipeptide-1Mx1ps-with-force.npz'],
+    'ala2_dihedrals': ['alanine-dipeptide-3x250ns-backbone-dihedrals.npz'],
+    'doublewell_hmm': ['hmm-doublewell-2d-100k.npz'],
+    'mdcath:1abcA00': ['mdcath_dataset_1abcA00.h5'], 'hp35_desres': ['hp35.dihs.shifted.bz2', 'hp35.mindists2.bz2'],
+    'ala2_msmbuilder': ['ala2_msmbuilder.zip']}.items() for f in files]
 
 
 @pytest.mark.parametrize('name, file', TORN)
@@ -228,26 +259,41 @@ def test_npy_cut_anywhere_is_refused(tmp_path_factory, cut):
 
 
 @pytest.mark.parametrize('name, files, why', [
-    ('majewski_chignolin_ca', {'chignolin_ca_forces.npy': npy(F[:29])}, r'forces.npy: has shape \(29, 10, 3\), but the positions have \(30, 10, 3\)'),
-    ('majewski_chignolin_ca', {'chignolin_ca_coords.npy': npy(X[:, :, :2])}, r'coords.npy: has shape .*\(frames, atoms, 3\)'),
+    ('majewski_chignolin_ca', {'chignolin_ca_forces.npy': npy(F[:29])}, r'forces.npy: has shape \(29, 10, 3\), but '
+     r'the positions have \(30, 10, 3\)'),
+    ('majewski_chignolin_ca', {'chignolin_ca_coords.npy': npy(X[:, :, :2])}, r'coords.npy: has shape .*\(frames, '
+     r'atoms, 3\)'),
     ('majewski_chignolin_ca', {'chignolin_ca_coords.npy': npy(X[0])}, 'coords.npy: has shape'),
-    ('majewski_chignolin_ca', {'chignolin_ca_coords.npy': npy(np.array(['a', 'b']))}, 'coords.npy.*not an array of numbers'),
+    ('majewski_chignolin_ca', {'chignolin_ca_coords.npy': npy(np.array(['a', 'b']))}, 'coords.npy.*not an array of '
+     'numbers'),
     ('majewski_chignolin_ca', {'chignolin_ca_coords.npy': npy(np.array([{}]))}, 'coords.npy: cannot be read'),
     ('majewski_chignolin_ca', {'chignolin_ca_coords.npy': npz(X)}, 'coords.npy.*not an array of numbers'),
-    ('majewski_chignolin_ca', {'chignolin_ca_embeddings.npy': npy(TYPES[:-1])}, 'embeddings.npy: has bead types.*10 beads'),
-    ('majewski_chignolin_ca', {'chignolin_ca_embeddings.npy': npy(np.where(TYPES == 7, 18, TYPES))}, r'embeddings.npy: \[18\] are no bead types'),
-    ('ala2_forces', {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X)}, 'with-force.npz: cannot be read:.*forces'),
-    ('ala2_forces', {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X, forces=F[:3])}, 'with-force.npz: has shape'),
-    ('ala2_forces', {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X[:, :9], forces=F[:, :9])}, 'al2.pdb: names 10 atoms, but the positions have 9'),
+    ('majewski_chignolin_ca', {'chignolin_ca_embeddings.npy': npy(TYPES[:-1])}, 'embeddings.npy: has bead types.*10 '
+     'beads'),
+    ('majewski_chignolin_ca', {'chignolin_ca_embeddings.npy': npy(np.where(TYPES == 7, 18, TYPES))},
+     r'embeddings.npy: \[18\] are no bead types'),
+    ('ala2_forces', {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X)}, 'with-force.npz: cannot be '
+     'read:.*forces'),
+    ('ala2_forces', {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X, forces=F[:3])}, 'with-force.npz: '
+     'has shape'),
+    ('ala2_forces', {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X[:, :9], forces=F[:, :9])},
+     'al2.pdb: names 10 atoms, but the positions have 9'),
     ('ala2_forces', {'al2.pdb': b'no structure'}, 'al2.pdb: cannot be read'),
-    ('ala2_dihedrals', {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(other=X)}, 'dihedrals.npz: cannot be read:.*trajectory'),
-    ('ala2_dihedrals', {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(ANGLES[:, :2], ANGLES[:, 0])}, r'dihedrals.npz: arr_1 \(40,\)'),
-    ('chignolin_forces', {'chignolin_forces_nowater.tar.gz': tar({'forces_nowater/chig_force_a.npy': npy(F[:9])})}, None),
-    ('hp35_desres', {'hp35.dihs.shifted.bz2': bz2.compress(text(ANGLES[:, :65]))}, 'dihs.shifted.bz2: has 65 columns, but 66'),
-    ('hp35_desres', {'hp35.dihs.shifted.bz2': bz2.compress(text(ANGLES).rsplit(b' ', 1)[0])}, 'dihs.shifted.bz2: row 40 of 40 has not 66 numbers'),
-    ('hp35_desres', {'hp35.mindists2.bz2': bz2.compress(text(GAPS[:39]))}, '40 frames of dihedrals, but 39 of distances'),
+    ('ala2_dihedrals', {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(other=X)}, 'dihedrals.npz: cannot be '
+     'read:.*trajectory'),
+    ('ala2_dihedrals', {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(ANGLES[:, :2], ANGLES[:, 0])},
+     r'dihedrals.npz: arr_1 \(40,\)'),
+    ('chignolin_forces', {'chignolin_forces_nowater.tar.gz': tar({'forces_nowater/chig_force_a.npy': npy(F[:9])})},
+     None),
+    ('hp35_desres', {'hp35.dihs.shifted.bz2': bz2.compress(text(ANGLES[:, :65]))}, 'dihs.shifted.bz2: has 65 columns, '
+     'but 66'),
+    ('hp35_desres', {'hp35.dihs.shifted.bz2': bz2.compress(text(ANGLES).rsplit(b' ', 1)[0])}, 'dihs.shifted.bz2: row '
+     '40 of 40 has not 66 numbers'),
+    ('hp35_desres', {'hp35.mindists2.bz2': bz2.compress(text(GAPS[:39]))},
+     '40 frames of dihedrals, but 39 of distances'),
     ('hp35_desres', {'hp35.mindists2.bz2': bz2.compress(b'0.3 zero\n')}, 'mindists2.bz2: cannot be read'),
-    ('hp35_desres', {'hp35.dihs.shifted.bz2': b'version https://git-lfs.github.com/spec/v1\n'}, 'dihs.shifted.bz2: cannot be read'),
+    ('hp35_desres', {'hp35.dihs.shifted.bz2': b'version https://git-lfs.github.com/spec/v1\n'}, 'dihs.shifted.bz2: '
+     'cannot be read'),
     ('villin_rmsd', {'2f4k.CArmsd': b''}, '2f4k.CArmsd: has no lines'),
     ('villin_rmsd', {'2f4k.CArmsd': b'1 2.5\n\n3 2.6\n'}, '2f4k.CArmsd: cannot be read'),
     ('villin_rmsd', {'2f4k.CArmsd': b'1 nan\n'}, '2f4k.CArmsd: has no lines, or'),
@@ -258,27 +304,33 @@ def test_bad_content_is_named(load, name, files, why):
     with pytest.raises(ValueError if why else FileNotFoundError, match=why or f'data set {name!r}'): load(name, files)
 
 
-@pytest.mark.parametrize('change, why', [(dict(coords=None), 'coords'), (dict(forces=None), 'forces'), (dict(box=None), 'box'), (dict(forces=F[:3, :5]), r'has shape \(3, 5, 3\)'),
+@pytest.mark.parametrize('change, why', [(dict(coords=None), 'coords'), (dict(forces=None), 'forces'),
+                                         (dict(box=None), 'box'), (dict(forces=F[:3, :5]), r'has shape \(3, 5, 3\)'),
                                          (dict(coords=X[:, :4]), 'names 5 atoms, but the positions have 4')])
 def test_bad_mdcath_is_named(load, tmp_path, change, why):
-    with pytest.raises(ValueError, match=f'mdcath_dataset_1abcA00.h5: .*{why}'): load('mdcath:1abcA00', {'mdcath_dataset_1abcA00.h5': mdcath(tmp_path, **change)})
+    with pytest.raises(ValueError, match=f'mdcath_dataset_1abcA00.h5: .*{why}'):
+        load('mdcath:1abcA00', {'mdcath_dataset_1abcA00.h5': mdcath(tmp_path, **change)})
 
 
 def test_mdcath_without_runs_is_named(load, tmp_path):
-    with pytest.raises(ValueError, match='no group of a domain'): load('mdcath:1abcA00', {'mdcath_dataset_1abcA00.h5': mdcath(tmp_path, coords=None, forces=None, box=None)})
+    with pytest.raises(ValueError, match='no group of a domain'):
+        load('mdcath:1abcA00', {'mdcath_dataset_1abcA00.h5': mdcath(tmp_path, coords=None, forces=None, box=None)})
 
 
 def test_mdcath_runs_come_in_order_and_by_choice(load, tmp_path):
     content = {'mdcath_dataset_1abcA00.h5': mdcath(tmp_path, ((450, 1), (320, 1), (450, 0), (320, 0)))}
     got = load('mdcath:1abcA00', content)
-    assert [(r.temperature_kelvin, r.replica, len(r)) for r in got] == [(320., 0, 30), (320., 1, 30), (450., 0, 30), (450., 1, 30)]
+    assert [(r.temperature_kelvin, r.replica, len(r)) for r in got] == [(320., 0, 30), (320., 1, 30), (450., 0, 30),
+                                                                        (450., 1, 30)]
     for r in got: np.testing.assert_allclose(r.xyz[3:5], X[3:5, :5] + (r.temperature_kelvin + r.replica)/10, rtol=1e-5)
     some = load('mdcath:1abcA00', content, temperatures=[450], replicas=[1])
     assert [(r.temperature_kelvin, r.replica) for r in some] == [(450., 1)]
 
 
 def test_text_of_another_molecule_is_not_taken(load, tmp_path):
-    with pytest.raises(ValueError, match='names 4 atoms, but the positions have 5'): load('mdcath:1abcA00', {'mdcath_dataset_1abcA00.h5': mdcath(tmp_path).replace(b'ATOM      5  ', b'TER       5  ')})
+    with pytest.raises(ValueError, match='names 4 atoms, but the positions have 5'):
+        load('mdcath:1abcA00', {'mdcath_dataset_1abcA00.h5': mdcath(tmp_path).replace(b'ATOM      5  ',
+                                                                                      b'TER       5  ')})
 
 
 @settings(deadline=None, max_examples=50)
@@ -311,7 +363,8 @@ def test_stride_and_atoms(load):
 
 def test_damaged_trajectory_is_named(load, tmp_path):
     files = {'t-0.dcd': saved(chain(), 'dcd', tmp_path)[:-40], 'ala2.pdb': saved(chain(frames=1), 'pdb', tmp_path)}
-    with pytest.raises(fd.DamagedFile, match='t-0.dcd: frame 29'): load('ala2_msmbuilder', {'ala2_msmbuilder.zip': zipped(files)})
+    with pytest.raises(fd.DamagedFile, match='t-0.dcd: frame 29'):
+        load('ala2_msmbuilder', {'ala2_msmbuilder.zip': zipped(files)})
 
 
 def test_water_is_left_out_of_the_topology(load, tmp_path):
@@ -332,7 +385,8 @@ def test_text_is_read_once(load, tmp_path, monkeypatch):
 
 
 def test_series_without_a_last_newline_warns(load):
-    with pytest.warns(UserWarning, match='the last line does not end'): load('villin_rmsd', {'2f4k.CArmsd': b'1 2.5\n2 2.'})
+    with pytest.warns(UserWarning, match='the last line does not end'):
+        load('villin_rmsd', {'2f4k.CArmsd': b'1 2.5\n2 2.'})
 
 
 def test_restricted_set_warns(load):
@@ -341,7 +395,8 @@ def test_restricted_set_warns(load):
 
 def test_unknown_names_and_options(load):
     with pytest.raises(KeyError, match='no data set'): fs.load('majewski_insulin')
-    with pytest.raises(KeyError, match='no reader for the format'): fs.load(replace(fd.info('ala2'), format='punch cards'))
+    with pytest.raises(KeyError, match='no reader for the format'):
+        fs.load(replace(fd.info('ala2'), format='punch cards'))
     with pytest.raises(TypeError, match='stride'): load('villin_rmsd', stride=2)
     with pytest.raises(ValueError, match='x.npz: cannot be read'), fs.blame(Path('x.npz')): raise KeyError('k')
     with pytest.raises(ValueError, match='^x.npz: mine$'), fs.blame(Path('x.npz')): raise ValueError('x.npz: mine')
@@ -361,6 +416,7 @@ def test_overview_and_figure():
     assert set(table.index[table.restricted]) == {'atlas', 'hp35_desres', 'villin_rmsd', 'desres'}
     ax = fs.plot_sizes(table)
     labels = [t.get_text() for t in ax.get_yticklabels()]
-    assert {labels[round(b.get_y() + b.get_height()/2)]: b.get_width() for b in ax.patches} == table.MB.dropna().to_dict()
+    assert {labels[round(b.get_y() + b.get_height()/2)]: b.get_width()
+            for b in ax.patches} == table.MB.dropna().to_dict()
     colours = {labels[round(b.get_y() + b.get_height()/2)]: b.get_facecolor() for b in ax.patches}
     assert [n for n in labels if colours[n] == colours['hp35_desres']] == ['hp35_desres'] and ax.get_xscale() == 'log'

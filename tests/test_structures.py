@@ -12,9 +12,11 @@ from openmm import app, unit
 import foldbook.structures as fs
 from foldbook.structures import Molecule, build_chain, charge, load_molecule, peptide, plot_molecule, prepare, report
 
-THREE = dict(zip('ACDEFGHIKLMNPQRSTVWY', 'ALA CYS ASP GLU PHE GLY HIS ILE LYS LEU MET ASN PRO GLN ARG SER THR VAL TRP TYR'.split()))
+THREE = dict(zip('ACDEFGHIKLMNPQRSTVWY', 'ALA CYS ASP GLU PHE GLY HIS ILE LYS LEU MET ASN PRO GLN ARG SER THR VAL TRP '
+                                         'TYR'.split()))
 # heavy atoms and hydrogens of a residue inside a chain at pH 7, HIS neutral
-ATOMS = dict(A=(5, 5), C=(6, 5), D=(8, 4), E=(9, 6), F=(11, 9), G=(4, 3), H=(10, 7), I=(8, 11), K=(9, 13), L=(8, 11), M=(8, 9), N=(8, 6), P=(7, 7), Q=(9, 8), R=(11, 13), S=(6, 5), T=(7, 7), V=(7, 9), W=(14, 10), Y=(12, 9))
+ATOMS = dict(A=(5, 5), C=(6, 5), D=(8, 4), E=(9, 6), F=(11, 9), G=(4, 3), H=(10, 7), I=(8, 11), K=(9, 13), L=(8, 11),
+             M=(8, 9), N=(8, 6), P=(7, 7), Q=(9, 8), R=(11, 13), S=(6, 5), T=(7, 7), V=(7, 9), W=(14, 10), Y=(12, 9))
 SEQUENCE = 'ADKWMGGSHSFA'
 sequences = st.text('ACDEFGHIKLMNPQRSTVWY', min_size=1, max_size=12)
 
@@ -24,8 +26,11 @@ def lines_of(tmp_path, sequence=SEQUENCE, shape='extended', chain='A'):
     return [l[:21] + chain + l[22:] for l in (tmp_path/'ideal.pdb').read_text().splitlines() if l.startswith('ATOM')]
 
 
-def seqres(sequence, chain='A'): return [f'SEQRES   1 {chain} {len(sequence):4d}  ' + ' '.join(THREE[s] for s in sequence)]
-def write(path, lines): path.write_text('\n'.join([*lines, 'END', ''])); return path
+def seqres(sequence, chain='A'):
+    return [f'SEQRES   1 {chain} {len(sequence):4d}  ' + ' '.join(THREE[s] for s in sequence)]
+def write(path, lines):
+    path.write_text('\n'.join([*lines, 'END', '']))
+    return path
 def number(l): return int(l[22:26])
 def name(l): return l[12:16].strip()
 def moved(l, x=0.0, y=0.0): return l[:30] + f'{float(l[30:38]) + x:8.3f}{float(l[38:46]) + y:8.3f}' + l[46:]
@@ -38,7 +43,8 @@ def mirrored(m):
     found = []
     for r in m.topology.residues():
         p = {a.name: m.positions[a.index] for a in r.atoms()}
-        if 'CB' in p and np.dot(np.cross(p['N'] - p['CA'], p['C'] - p['CA']), p['CB'] - p['CA']) < 0: found.append(str(r))
+        if 'CB' in p and np.dot(np.cross(p['N'] - p['CA'], p['C'] - p['CA']), p['CB'] - p['CA']) < 0:
+            found.append(str(r))
     return found
 
 
@@ -58,7 +64,8 @@ def test_atoms_follow_from_composition(sequence, shape, caps):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.tuples(st.sampled_from('ACDEFGHIKLMNPQRSTVWY'), st.floats(-3.1, 3.1), st.floats(-3.1, 3.1)), min_size=1, max_size=10), st.booleans())
+@given(st.lists(st.tuples(st.sampled_from('ACDEFGHIKLMNPQRSTVWY'), st.floats(-3.1, 3.1), st.floats(-3.1, 3.1)),
+                min_size=1, max_size=10), st.booleans())
 def test_dihedrals_come_back(residues, caps):
     sequence, phi, psi = ''.join(r[0] for r in residues), *np.array([r[1:] for r in residues]).T
     t = build_chain(sequence, np.stack([phi, psi], 1), caps)
@@ -69,10 +76,12 @@ def test_dihedrals_come_back(residues, caps):
 
 
 def test_same_in_two_processes(tmp_path):
-    lines = [l for l in lines_of(tmp_path) if number(l) not in (6, 7) and not (number(l) == 3 and name(l) in ('CE', 'NZ'))]
+    lines = [l for l in lines_of(tmp_path) if number(l) not in (6, 7) and not (number(l) == 3
+                                                                               and name(l) in ('CE', 'NZ'))]
     path = write(tmp_path/'gap.pdb', seqres(SEQUENCE) + lines)
     code = f"import random, sys; random.seed(int(sys.argv[1])); from foldbook.structures import prepare; sys.stdout.write(prepare({str(path)!r}, caps=True, seed=3).positions.tobytes().hex())"
-    hexes = [subprocess.run([sys.executable, '-W', 'ignore', '-c', code, k], capture_output=True, text=True, check=True, env=dict(__import__('os').environ, PYTHONHASHSEED=k)).stdout for k in '12']
+    hexes = [subprocess.run([sys.executable, '-W', 'ignore', '-c', code, k], capture_output=True, text=True, check=True,
+                            env=dict(__import__('os').environ, PYTHONHASHSEED=k)).stdout for k in '12']
     a, b = (np.frombuffer(bytes.fromhex(h)) for h in hexes)
     np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
     np.testing.assert_allclose(a, prepare(path, caps=True, seed=3).positions.ravel(), atol=1e-6, rtol=0)
@@ -100,7 +109,8 @@ def test_gap_is_modelled_from_the_sequence(tmp_path, gap):
     m = prepare(write(tmp_path/'gap.pdb', seqres(SEQUENCE) + [l for l in lines if number(l) not in gap]))
     assert [r.name for r in m.topology.residues()] == [THREE[s] for s in SEQUENCE]
     assert said(m, 'modelled') and not mirrored(m)
-    assert max(np.linalg.norm(m.positions[a.index] - m.positions[b.index]) for a, b in m.topology.bonds() if 'H' not in (a.element.symbol, b.element.symbol)) < 0.2
+    assert max(np.linalg.norm(m.positions[a.index] - m.positions[b.index])
+               for a, b in m.topology.bonds() if 'H' not in (a.element.symbol, b.element.symbol)) < 0.2
     system(m)
 
 
@@ -108,24 +118,29 @@ def test_missing_ends_are_said_and_not_added(tmp_path):
     lines = lines_of(tmp_path)
     m = prepare(write(tmp_path/'ends.pdb', seqres(SEQUENCE) + [l for l in lines if 2 < number(l) < 12]))
     assert m.topology.getNumResidues() == 9
-    assert said(m, '2 residues of the sequence before LYS3 of chain A without coordinates: not added') and said(m, '1 residue of the sequence after PHE11')
+    assert said(m, '2 residues of the sequence before LYS3 of chain A without coordinates: not added') and said(m,
+        '1 residue of the sequence after PHE11')
     assert said(m, 'PHE11 of chain A: added OXT')
 
 
 def test_side_chain_is_completed(tmp_path):
-    m = prepare(write(tmp_path/'short.pdb', [l for l in lines_of(tmp_path) if number(l) != 4 or name(l) in ('N', 'CA', 'C', 'O')]))
+    m = prepare(write(tmp_path/'short.pdb', [l for l in lines_of(tmp_path)
+                                             if number(l) != 4 or name(l) in ('N', 'CA', 'C', 'O')]))
     assert said(m, 'TRP4 of chain A: added CB CG CD1') and not mirrored(m)
     assert len(m.positions) == peptide(SEQUENCE, caps=False).topology.getNumAtoms()
 
 
 def test_alternate_locations(tmp_path):
     lines = lines_of(tmp_path)
-    two = [x for l in lines for x in ([l[:16] + 'A' + l[17:], moved(l[:16] + 'B' + l[17:], 0.4)] if number(l) == 8 else [l])]
+    two = [x for l in lines for x in ([l[:16] + 'A' + l[17:], moved(l[:16] + 'B' + l[17:], 0.4)] if number(l) == 8
+                                      else [l])]
     m, plain = prepare(write(tmp_path/'alt.pdb', two)), prepare(write(tmp_path/'plain.pdb', lines))
     np.testing.assert_array_equal(m.positions, plain.positions)
     assert said(m, '1 residue had alternate locations')
-    other = [x for l in lines for x in ([l[:16] + 'A' + l[17:], moved(l[:16] + 'BTHR' + l[20:], 0.4)] if number(l) == 8 else [l])]
-    assert [r.name for r in prepare(write(tmp_path/'two.pdb', other)).topology.residues()] == [THREE[s] for s in SEQUENCE]
+    other = [x for l in lines for x in ([l[:16] + 'A' + l[17:], moved(l[:16] + 'BTHR' + l[20:], 0.4)] if number(l) == 8
+                                        else [l])]
+    assert [r.name for r in prepare(write(tmp_path/'two.pdb', other)).topology.residues()] == [THREE[s]
+                                                                                               for s in SEQUENCE]
 
 
 def cif(path, pdb):
@@ -147,7 +162,8 @@ def test_mmcif_alternate_locations(tmp_path):
     for l in path.read_text().splitlines():
         w = l.split()
         if w[:1] == ['ATOM'] and w[3] == 'OG':
-            out += [' '.join([*w[:4], 'A', *w[5:]]), ' '.join([*w[:4], 'B', *w[5:10], str(float(w[10]) + 0.4), *w[11:]])]
+            out += [' '.join([*w[:4], 'A', *w[5:]]),
+                    ' '.join([*w[:4], 'B', *w[5:10], str(float(w[10]) + 0.4), *w[11:]])]
         else: out.append(l)
     (tmp_path/'alt.cif').write_text('\n'.join(out) + '\n')
     m = prepare(tmp_path/'alt.cif')
@@ -159,11 +175,15 @@ def test_models_waters_ligands_hydrogens_and_second_chain(tmp_path):
     m = peptide('AKE', caps=False)
     body = [l for l in m.save(tmp_path/'ake.pdb').read_text().splitlines() if l.startswith(('ATOM', 'TER'))]
     second = [l[:21] + 'B' + moved(l, 30)[22:] if l.startswith('ATOM') else l for l in body]
-    water = ['HETATM  900  O   HOH A 100      50.000  50.000  50.000  1.00  0.00           O', 'HETATM  901 CA    CA A 101      60.000  50.000  50.000  1.00  0.00          CA']
-    path = write(tmp_path/'all.pdb', ['MODEL        1', *body, *second, *water, 'ENDMDL', 'MODEL        2', *body, *second, *water, 'ENDMDL'])
+    water = ['HETATM  900  O   HOH A 100      50.000  50.000  50.000  1.00  0.00           O', 'HETATM  901 CA    CA '
+             'A 101      60.000  50.000  50.000  1.00  0.00          CA']
+    path = write(tmp_path/'all.pdb', ['MODEL        1', *body, *second, *water, 'ENDMDL', 'MODEL        2', *body,
+                                      *second, *water, 'ENDMDL'])
     one, both = prepare(path), prepare(path, chain='A,B')
     assert count(one) == count(m) and count(both) == {k: 2*v for k, v in count(m).items()}
-    for text in ('Model 1 of 2 taken', 'Chain B (3 residues) left out', '1 CA, 1 HOH', 'hydrogens of the input removed'): assert said(one, text), one.changes
+    for text in ('Model 1 of 2 taken', 'Chain B (3 residues) left out', '1 CA, 1 HOH',
+                 'hydrogens of the input removed'):
+        assert said(one, text), one.changes
     assert not said(both, 'left out') and charge(both) == 2*charge(m)
 
 
@@ -177,7 +197,9 @@ def test_caps(tmp_path):
     assert count(again) == count(m) and not said(again, 'Caps')
 
 
-def norleucine(lines): return [('HETATM' + l[6:]).replace('MET', 'NLE').replace(' SD ', ' CD ').replace('           S', '           C') if 'MET' in l else l for l in lines]
+def norleucine(lines):
+    return [('HETATM' + l[6:]).replace('MET', 'NLE').replace(' SD ', ' CD ').replace('           S', '           C')
+            if 'MET' in l else l for l in lines]
 
 
 def test_nonstandard_residues(tmp_path):
@@ -187,16 +209,21 @@ def test_nonstandard_residues(tmp_path):
     assert said(m, 'NLE5 of chain A became MET')
     np.testing.assert_array_equal(m.positions, plain.positions)
     assert [r.name for r in prepare(path, replace={'nle': 'LYS'}).topology.residues()][4] == 'LYS'
-    assert prepare(write(tmp_path/'hie.pdb', [l.replace('HIS', 'HSE') for l in lines])).topology.getNumAtoms() == len(plain.positions)
-    assert said(prepare(write(tmp_path/'sep.pdb', [l.replace('SER', 'SEP') for l in lines])), 'SEP8 of chain A became SER')
+    assert prepare(write(tmp_path/'hie.pdb',
+                         [l.replace('HIS', 'HSE') for l in lines])).topology.getNumAtoms() == len(plain.positions)
+    assert said(prepare(write(tmp_path/'sep.pdb', [l.replace('SER', 'SEP') for l in lines])), 'SEP8 of chain A became '
+                'SER')
 
 
 def test_d_residue_is_turned(tmp_path):
     lines = lines_of(tmp_path, 'GAG')
-    n, ca, c, cb = (np.array([float(l[k:k+8]) for k in (30, 38, 46)]) for want in ('N', 'CA', 'C', 'CB') for l in lines if number(l) == 2 and name(l) == want)
+    n, ca, c, cb = (np.array([float(l[k:k+8]) for k in (30, 38, 46)]) for want in ('N', 'CA', 'C', 'CB')
+                    for l in lines if number(l) == 2 and name(l) == want)
     normal = np.cross(n - ca, c - ca)/np.linalg.norm(np.cross(n - ca, c - ca))
     x = cb - 2*normal*((cb - ca) @ normal)
-    m = prepare(write(tmp_path/'dal.pdb', [(l[:30] + ''.join(f'{v:8.3f}' for v in x) + l[54:] if name(l) == 'CB' else l).replace('ALA', 'DAL') for l in lines]))
+    m = prepare(write(tmp_path/'dal.pdb',
+                      [(l[:30] + ''.join(f'{v:8.3f}' for v in x) + l[54:] if name(l) == 'CB' else l).replace('ALA',
+                          'DAL') for l in lines]))
     assert said(m, 'DAL2 of chain A became ALA') and not mirrored(m)
 
 
@@ -235,11 +262,14 @@ def edited(change): return lambda lines: [x for l in lines if (x := change(l)) i
 
 @pytest.mark.parametrize('edit, options, match', [
     (edited(lambda l: l.replace('TRP', 'XYZ')), {}, r"bad.pdb: residue XYZ4 of chain A is unknown; .*replace=\{'XYZ'"),
-    (edited(lambda l: None if (number(l), name(l)) == (4, 'CA') else l), {}, 'residue TRP4 of chain A has no backbone atom CA'),
+    (edited(lambda l: None if (number(l), name(l)) == (4, 'CA') else l), {}, 'residue TRP4 of chain A has no backbone '
+     'atom CA'),
     (edited(lambda l: l if name(l) == 'CA' else None), {}, 'residue ALA1 of chain A has no backbone atom C, N'),
     (edited(lambda l: None if number(l) == 6 else l), {}, 'missing between MET5 of chain A and GLY7 of chain A'),
-    (edited(lambda l: l[:30] + '     nan' + l[38:] if (number(l), name(l)) == (4, 'CB') else l), {}, 'CB of TRP4 of chain A has a coordinate that is not a number'),
-    (edited(lambda l: l[:30] + '********' + l[38:] if number(l) == 4 else l), {}, 'bad.pdb: not a PDB or mmCIF file that can be read'),
+    (edited(lambda l: l[:30] + '     nan' + l[38:] if (number(l), name(l)) == (4, 'CB') else l), {}, 'CB of TRP4 of '
+     'chain A has a coordinate that is not a number'),
+    (edited(lambda l: l[:30] + '********' + l[38:] if number(l) == 4 else l), {}, 'bad.pdb: not a PDB or mmCIF file '
+     'that can be read'),
     (edited(lambda l: None), {}, 'not a PDB or mmCIF file that can be read'),
     (list, dict(chain='Q'), "no protein chain 'Q'; it has A"),
     (list, dict(replace={'NLE': 'MET'}), 'no residue NLE'),
@@ -253,12 +283,15 @@ def test_refused(tmp_path, edit, options, match):
 def test_clash_is_named(tmp_path):
     lines = lines_of(tmp_path)
     spot = next(l for l in lines if (number(l), name(l)) == (2, 'CB'))[30:54]
-    path = write(tmp_path/'clash.pdb', [l[:30] + spot + l[54:] if (number(l), name(l)) == (9, 'CG') else l for l in lines])
-    with pytest.raises(ValueError, match='atoms CB of ASP2 of chain A and CG of HIS9 of chain A are 0.000 nm apart'): prepare(path)
+    path = write(tmp_path/'clash.pdb', [l[:30] + spot + l[54:] if (number(l), name(l)) == (9, 'CG') else l
+                                        for l in lines])
+    with pytest.raises(ValueError, match='atoms CB of ASP2 of chain A and CG of HIS9 of chain A are 0.000 nm apart'):
+        prepare(path)
 
 
 def test_only_water(tmp_path):
-    path = write(tmp_path/'water.pdb', ['HETATM  900  O   HOH A 100      50.000  50.000  50.000  1.00  0.00           O'])
+    path = write(tmp_path/'water.pdb',
+                 ['HETATM  900  O   HOH A 100      50.000  50.000  50.000  1.00  0.00           O'])
     with pytest.raises(ValueError, match='no protein chain'): prepare(path)
     with pytest.raises(FileNotFoundError, match='no such structure file'): prepare(tmp_path/'nothing.pdb')
 
@@ -266,12 +299,16 @@ def test_only_water(tmp_path):
 def test_pdb_id_goes_through_the_register(tmp_path, monkeypatch):
     path = write(tmp_path/'1ABC.pdb', lines_of(tmp_path))
     asked = []
-    def fetch(key, **_): asked.append(key); return type('DataSet', (), dict(topology=path))()
+    def fetch(key, **_):
+        asked.append(key)
+        return type('DataSet', (), dict(topology=path))()
     monkeypatch.setattr(fs, 'fetch', fetch)
     assert prepare('1ABC').name == '1ABC' and asked == ['pdb:1ABC']
 
 
-@pytest.mark.parametrize('sequence, shape, match', [('AXA', 'helix', "'X' at position 2"), ('', 'helix', 'at least one'), ('AA', 'coil', 'no shape'), ('AA', [(0, 0)]*3, '2 pairs'), ('AA', (np.nan, 0), 'finite')])
+@pytest.mark.parametrize('sequence, shape, match', [('AXA', 'helix', "'X' at position 2"),
+    ('', 'helix', 'at least one'), ('AA', 'coil', 'no shape'), ('AA', [(0, 0)]*3, '2 pairs'),
+    ('AA', (np.nan, 0), 'finite')])
 def test_chain_refused(sequence, shape, match):
     with pytest.raises(ValueError, match=match): build_chain(sequence, shape)
 

@@ -8,7 +8,8 @@ from sklearn.linear_model import OrthogonalMatchingPursuit
 
 from foldbook.distill import Student
 from foldbook.features import Features
-from foldbook.students import (Formula, candidate_terms, card, error_anatomy, evaluate_terms, fit_weights, formula_gradient, hand_down,
+from foldbook.students import (Formula, candidate_terms, card, error_anatomy, evaluate_terms, fit_weights,
+                               formula_gradient, hand_down,
                                pursue, white_errors)
 from foldbook.systems import dw1d, lshape2d, persist1d
 from foldbook.zq import cut_profiles, error_budget, profile
@@ -20,7 +21,8 @@ def sampled(system, n_frames=100_000, n=1, seed=0):
 
 def fitted(terms, weights, intercept=0., n=5):
     f = Formula()
-    f.terms, f.weights, f.intercept, f.names, f.units = terms, np.array(weights), intercept, tuple('abcdefgh'[:n]), ('',) * n
+    f.terms, f.weights, f.intercept, f.names, f.units = terms, np.array(weights), intercept, tuple('abcdefgh'[:n]), ('',
+        ) * n
     return f
 
 
@@ -55,7 +57,8 @@ def test_pursuit_is_that_of_scikit_learn_on_weighted_rows():
     response, mean = np.log(p / (1 - p)) + (y - p) / w, w @ x / w.sum()
     z = (x - mean) / np.sqrt(w @ (x - mean)**2 / w.sum())
     root = np.sqrt(w)
-    peer = OrthogonalMatchingPursuit(n_nonzero_coefs=4, fit_intercept=False).fit(root[:, None] * z, root * (response - w @ response / w.sum()))
+    peer = OrthogonalMatchingPursuit(n_nonzero_coefs=4, fit_intercept=False).fit(root[:, None] * z,
+        root * (response - w @ response / w.sum()))
     np.testing.assert_array_equal(pursue(x, y, 4, eta), np.flatnonzero(peer.coef_))
 
 
@@ -65,7 +68,8 @@ def test_weights_minimise_the_cross_entropy_of_soft_targets():
     y = rng.uniform(.02, .98, 400)
     w, b = fit_weights(x, y)
     z = (x - x.mean(0)) / x.std(0)
-    peer = minimize(lambda v: np.mean(np.logaddexp(0, z @ v[1:] + v[0]) - y * (z @ v[1:] + v[0])), np.zeros(4), tol=1e-12).x
+    peer = minimize(lambda v: np.mean(np.logaddexp(0, z @ v[1:] + v[0]) - y * (z @ v[1:] + v[0])), np.zeros(4),
+                    tol=1e-12).x
     np.testing.assert_allclose(x @ w + b, z @ peer[1:] + peer[0], atol=1e-4)
 
 
@@ -104,7 +108,8 @@ def test_malformed_input_is_refused_with_a_cure():
     with pytest.raises(ValueError, match='not been fitted'): Formula().transform(X)
     with pytest.raises(ValueError): Formula().fit([np.full_like(X[0], np.nan)], S, q)
     with pytest.raises(ValueError): Formula().fit([X[0][:-1]], S, q)
-    with pytest.raises(ValueError, match='names 2 columns'): Formula().fit(X, S, q, description=Features(('a', 'b'), ('', ''), ((), ())))
+    with pytest.raises(ValueError, match='names 2 columns'):
+        Formula().fit(X, S, q, description=Features(('a', 'b'), ('', ''), ((), ())))
     f = Formula().fit(X, S, q)
     with pytest.raises(ValueError, match='reads 1 features'): f.transform([np.hstack([X[0], X[0]])])
     one_sided = [np.where(S[0] == 1, -1, S[0]).astype(np.int8)]
@@ -116,10 +121,13 @@ def test_malformed_input_is_refused_with_a_cure():
 def test_each_student_is_taught_by_the_one_above():
     class Pupil:
         def __init__(self, value): self.value = value
-        def fit(self, features, states, teacher, validation, progress): self.heard = teacher; return self
+        def fit(self, features, states, teacher, validation, progress):
+            self.heard = teacher
+            return self
         def transform(self, features, states): return [self.value * x for x in q]
     X, S, q = sampled(dw1d(), 3000)
-    stages = hand_down(dict(old=Pupil(.1), middle=Pupil(.2), young=Formula()), X, S, teacher=q, description=Features(('x',), ('nm',), (('A-CA',),)))
+    stages = hand_down(dict(old=Pupil(.1), middle=Pupil(.2), young=Formula()), X, S, teacher=q,
+                       description=Features(('x',), ('nm',), (('A-CA',),)))
     assert stages['old'].heard is q and (stages['middle'].heard[0] == .1 * q[0]).all()
     assert stages['young'].names == ('x',)
 
@@ -135,7 +143,8 @@ def test_roughness_and_coupling_add_up_to_the_excess(seed, lag):
     clamped = [np.where(s < 0, x, s) for x, s in zip(r, S)]
     a = error_anatomy(r, q, S, lag)
     n_ab = cut_profiles(q, S, lags=[lag]).n_ab
-    direct = (cut_profiles(clamped, S, lags=[lag]).delta_r2[0] - cut_profiles(q, S, lags=[lag]).delta_r2[0]) / (2 * n_ab)
+    direct = (cut_profiles(clamped, S, lags=[lag]).delta_r2[0] - cut_profiles(q, S, lags=[lag]).delta_r2[0]) / (2
+                                                                                                                * n_ab)
     assert a.roughness + a.coupling == pytest.approx(a.excess, abs=1e-9) and a.excess == pytest.approx(direct, abs=1e-9)
     assert a.budget == pytest.approx(error_budget(clamped, q, S)) and a.roughness >= 0
     assert a.roughness == pytest.approx(a.budget * (1 - a.correlation) / lag)
@@ -186,14 +195,16 @@ def test_anatomy_needs_an_event():
 
 # how small is small enough
 
-@pytest.mark.parametrize('system, sizes, batch, rate', [(dw1d, ((2, 3), (16, 15)), 2048, .01), (lshape2d, ((3, 2), (16, 12)), 512, .02)])
+@pytest.mark.parametrize('system, sizes, batch, rate',
+                         [(dw1d, ((2, 3), (16, 15)), 2048, .01), (lshape2d, ((3, 2), (16, 12)), 512, .02)])
 def test_students_with_a_budget_below_a_twentieth_pass_on_held_out_frames(system, sizes, batch, rate):
     system = system()
     X, S, q = sampled(system, 40_000, 4, seed=21)
     held_out = [sampled(system, 100_000, 1, seed=s) for s in (121, 122)]
     small, large = [], []
     for hidden, epochs in sizes:
-        student = Student('mlp', 'teacher_cross_entropy', hidden=hidden, max_epochs=epochs, learning_rate=rate, batch_size=batch, seed=5)
+        student = Student('mlp', 'teacher_cross_entropy', hidden=hidden, max_epochs=epochs, learning_rate=rate,
+                          batch_size=batch, seed=5)
         student.fit(X[:3], S[:3], q[:3], (X[3:], S[3:]), progress=False)
         for Xt, St, qt in held_out:
             c = card(student, Xt, St, qt)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given as hypothesis_given, settings, strategies as st
 
-from foldbook.systems import (SYSTEMS, MarkovSystem, dw1d, given, history_committor, lshape2d, martingale_defect, metropolis, persist1d,
+from foldbook.systems import (SYSTEMS, MarkovSystem, dw1d, given, history_committor, lshape2d, martingale_defect,
+                              metropolis, persist1d,
                               plot_lengths, plot_system, sample_chain, shoot, solve_boundary, stationary)
 
 quick = settings(deadline=None, max_examples=20)
@@ -127,7 +128,8 @@ def test_seeds():
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(ensemble='closed'), 'ensemble'), (dict(length='long'), 'length'), (dict(start=[-1]), 'microstates'), (dict(start=[82.5]), 'microstates'),
+    (dict(ensemble='closed'), 'ensemble'), (dict(length='long'), 'length'), (dict(start=[-1]), 'microstates'),
+    (dict(start=[82.5]), 'microstates'),
     (dict(start=np.zeros(82)), 'weights'), (dict(start=-np.ones(82)), 'weights'), (dict(n_frames=0), 'at least 1')])
 def test_faults(options, words):
     with pytest.raises(ValueError, match=words): persist1d().sample(**{'n_frames': 5, **options})
@@ -138,7 +140,8 @@ def test_container():
     assert dw1d() is s and isinstance(s, MarkovSystem)
     with pytest.raises(FrozenInstanceError): s.name = 'other'
     x, flags, q = s.observe(s.sample(20, 2))
-    assert x[0].shape == (20, 1) and x[0].dtype == np.float32 and flags[1].dtype == np.int8 and ((0 <= q[0]) & (q[0] <= 1)).all()
+    assert x[0].shape == (20, 1) and x[0].dtype == np.float32 and flags[1].dtype == np.int8 and ((0
+        <= q[0]) & (q[0] <= 1)).all()
     assert np.allclose(s.reversed.sum(1), 1)
 
 
@@ -153,30 +156,36 @@ def test_the_filter_by_enumeration():
     "A chain of six microstates of which an observer sees three classes: sum over all hidden paths of four frames."
     rng = np.random.default_rng(0)
     P = rng.dirichlet(np.ones(6), 6)
-    small = MarkovSystem('small', np.array([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]], float), P, np.array([0, -1, -1, -1, 1, -1], np.int8))
+    small = MarkovSystem('small', np.array([[0, 0], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]], float), P,
+                         np.array([0, -1, -1, -1, 1, -1], np.int8))
     seen = lambda i: (small.coordinates[i, 0], small.states[i])
     for path in small.sample(4, 12, seed=3):
         for t in range(4):
             weight = np.zeros(6)
             for hidden in np.ndindex(*(6,) * (t + 1)):
                 if all(seen(i) == seen(j) for i, j in zip(hidden, path)):
-                    weight[hidden[-1]] += small.stationary[hidden[0]] * np.prod([P[i, j] for i, j in zip(hidden, hidden[1:])])
-            assert history_committor(small, [path])[0][t] == pytest.approx(weight @ small.committor / weight.sum(), abs=1e-12)
+                    weight[hidden[-1]] += small.stationary[hidden[0]] * np.prod([P[i, j]
+                                                                                 for i, j in zip(hidden, hidden[1:])])
+            assert history_committor(small, [path])[0][t] == pytest.approx(weight @ small.committor / weight.sum(),
+                                                                           abs=1e-12)
 
 
 @pytest.mark.parametrize('make', [lshape2d, persist1d])
 def test_the_filter_is_the_best_forecast_of_the_record(make):
-    "It passes Z_q, its log-loss lies between those of the exact committor and of the average over one frame, and it does not read the future."
+    """It passes Z_q, its log-loss lies between those of the exact committor and of the average over one frame, and
+    it does not read the future."""
     from foldbook.committor import clamp
     from foldbook.zq import cut_profiles, scores
     s = make()
     paths = s.sample(100_000, 5, seed=32)
-    S, q, r, frame = ([x[p] for p in paths] if x is not None else history_committor(s, paths) for x in (s.states, s.committor, None, given(s)))
+    S, q, r, frame = ([x[p] for p in paths] if x is not None else history_committor(s, paths)
+                      for x in (s.states, s.committor, None, given(s)))
     loss = [scores(clamp(x, S), S).log_loss for x in (q, r, frame)]
     assert loss[0] < loss[1] + 1e-5 and loss[1] < loss[2] - .02
     result = cut_profiles(clamp(r, S), S)
     assert result.t_max < 3.1 and .15 < result.t_sd < 1.3
-    assert np.allclose(history_committor(s, [paths[0][:500]])[0], r[0][:500]) and np.allclose(history_committor(s, paths[:1], (0, 1))[0], q[0])
+    assert np.allclose(history_committor(s, [paths[0][:500]])[0],
+                       r[0][:500]) and np.allclose(history_committor(s, paths[:1], (0, 1))[0], q[0])
     assert all((x[f == 0] == 0).all() and np.allclose(x[f == 1], 1) for x, f in zip(r, S))
 
 
@@ -189,7 +198,8 @@ def test_pictures():
 
 def test_import_is_light():
     code = 'import sys, foldbook.systems, foldbook.committor; print([m for m in ("torch", "lightning", "mdtraj", "matplotlib", "pandas") if m in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == '[]'
 
 
 @every

@@ -15,7 +15,8 @@ FAST = dict(batches=30, hidden=8, learning_rate=.01)
 def shaken(model, n=6, seed=0, size=.15):
     "Frames around the native structure of a model."
     native = model.native
-    return md.Trajectory(native.xyz + size * np.random.default_rng(seed).normal(size=(n, native.n_atoms, 3)).astype(np.float32), native.topology)
+    return md.Trajectory(native.xyz + size
+        * np.random.default_rng(seed).normal(size=(n, native.n_atoms, 3)).astype(np.float32), native.topology)
 
 
 @pytest.fixture(scope='module', params=['villin_go', 'bba_go'])
@@ -40,8 +41,10 @@ def test_contacts_against_mdtraj(model):
         assert np.allclose(column(x, 'contacts made', i), made[:, of].mean(1) if of.any() else 0, atol=1e-4)
         assert np.allclose(column(x, 'contact length', i), np.log(d / d0)[:, of].mean(1) if of.any() else 0, atol=1e-4)
     span = model.contacts[:, 1] - model.contacts[:, 0]
-    expected = dict(Q=(d < 1.2 * d0).mean(1), RMSD=md.rmsd(t, model.native) / md.compute_rg(model.native), size=np.log(md.compute_rg(t) / md.compute_rg(model.native)))
-    expected |= {'contacts made': made.mean(1), 'contact length': np.log(d / d0).mean(1), 'far contacts': (made * span).sum(1) / span.sum()}
+    expected = dict(Q=(d < 1.2 * d0).mean(1), RMSD=md.rmsd(t, model.native) / md.compute_rg(model.native),
+                    size=np.log(md.compute_rg(t) / md.compute_rg(model.native)))
+    expected |= {'contacts made': made.mean(1), 'contact length': np.log(d / d0).mean(1),
+                 'far contacts': (made * span).sum(1) / span.sum()}
     for k, name in enumerate(MOLECULE): assert np.allclose(x[:, 0, k], expected[name], atol=2e-3), name
     assert (x[:, 0, len(MOLECULE):] == 0).all()
 
@@ -50,14 +53,19 @@ def test_geometry_against_mdtraj(model):
     t, n = shaken(model), len(model.residues)
     rule = ResidueTokens(model)
     x = rule(rule.featurizer(t))
-    angles = [md.compute_angles(a, [(i, i + 1, i + 2) for i in range(n - 2)], periodic=False) for a in (t, model.native)]
+    angles = [md.compute_angles(a, [(i, i + 1, i + 2) for i in range(n - 2)], periodic=False)
+              for a in (t, model.native)]
     assert np.allclose(column(x, 'angle')[:, 1:-1], angles[0] - angles[1], atol=1e-4)
-    phi = [md.compute_dihedrals(a, [(i, i + 1, i + 2, i + 3) for i in range(n - 3)], periodic=False) for a in (t, model.native)]
+    phi = [md.compute_dihedrals(a, [(i, i + 1, i + 2, i + 3) for i in range(n - 3)], periodic=False)
+           for a in (t, model.native)]
     assert np.allclose(column(x, 'cos dihedral')[:, 1:-2], np.cos(phi[0] - phi[1]), atol=1e-4)
     assert np.allclose(column(x, 'sin dihedral')[:, 1:-2], np.sin(phi[0] - phi[1]), atol=1e-4)
-    for ends, value in (('angle', 0), ('sin dihedral', 0), ('cos dihedral', 1)): assert (column(x, ends, [0, n - 1]) == value).all()
-    moved = np.linalg.norm(md.Trajectory(t.xyz.copy(), t.topology).superpose(model.native).xyz - model.native.xyz, axis=-1)
-    assert np.abs(column(x, 'displacement') - moved / md.compute_rg(model.native)).max() < .02 # mdtraj centres the reference in place
+    for ends, value in (('angle', 0), ('sin dihedral', 0), ('cos dihedral', 1)):
+        assert (column(x, ends, [0, n - 1]) == value).all()
+    moved = np.linalg.norm(md.Trajectory(t.xyz.copy(), t.topology).superpose(model.native).xyz - model.native.xyz,
+                           axis=-1)
+    # mdtraj centres the reference in place
+    assert np.abs(column(x, 'displacement') - moved / md.compute_rg(model.native)).max() < .02
     assert np.allclose(column(x, 'place')[0], np.linspace(-1, 1, n))
 
 
@@ -112,8 +120,10 @@ def test_windows_by_hand(shapes, window):
         part = np.array([0] + m * [1])
         z = (frames - mean[part]) / scale[part]
         for t in range(n):
-            expected = np.concatenate([z[t]] + [(z[t] - z[max(0, t - every * j)]) / pace[part] for j in range(1, window)], -1)
-            assert np.allclose(x[row, :1 + m], expected, atol=1e-4) and there[row].sum() == 1 + m and there[row, :1 + m].all()
+            expected = np.concatenate([z[t]] + [(z[t] - z[max(0, t - every * j)]) / pace[part]
+                                                for j in range(1, window)], -1)
+            assert np.allclose(x[row, :1 + m], expected, atol=1e-4) and there[row].sum() == 1 + m and there[row,
+                :1 + m].all()
             row += 1
     assert [len(v) for v in w.split(np.arange(row))] == [n for n, _, _ in shapes]
 
@@ -126,7 +136,8 @@ def test_network_ignores_order_and_padding(n, empty, layers, random):
     x, there = torch.randn(3, 1 + n, 6), torch.ones(3, 1 + n, dtype=torch.bool)
     order = list(range(1, 1 + n))
     random.shuffle(order)
-    padded = torch.cat([x, 100 * torch.randn(3, empty, 6)], 1), torch.cat([there, torch.zeros(3, empty, dtype=torch.bool)], 1)
+    padded = torch.cat([x, 100 * torch.randn(3, empty, 6)],
+                       1), torch.cat([there, torch.zeros(3, empty, dtype=torch.bool)], 1)
     with torch.no_grad(): a, b, c = (network(v) for v in ((x, there), (x[:, [0] + order], there), padded))
     assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a, c, atol=1e-5)
 
@@ -134,7 +145,8 @@ def test_network_ignores_order_and_padding(n, empty, layers, random):
 # students
 
 def chain(n, n_frames, n_trajectories, seed):
-    "A chain of n units, each folded or not, whose committor depends on the number of folded ones: tokens, states, exact committor."
+    """A chain of n units, each folded or not, whose committor depends on the number of folded ones: tokens, states,
+    exact committor."""
     y = np.arange(n + 1) / n
     moves = np.stack([np.arange(n + 1) - 1, np.append(np.arange(1, n + 1), -1)], 1)
     K = np.linalg.matrix_power(metropolis(40 * y**2 * (1 - y)**2, moves), 2)
@@ -157,7 +169,8 @@ def long(): return chain(9, 3000, 2, seed=2)
 def student(short): return ResidueStudent(**FAST).fit([short[0][:2]], [short[1][:2]], progress=False)
 
 
-def error(student, X, S, q): return np.sqrt(np.mean([np.mean((r - e)[s < 0]**2) for r, e, s in zip(student.transform(X, S), q, S)]))
+def error(student, X, S, q):
+    return np.sqrt(np.mean([np.mean((r - e)[s < 0]**2) for r, e, s in zip(student.transform(X, S), q, S)]))
 
 
 def test_learns_to_count_and_counts_longer_chains(short, long):
@@ -170,7 +183,8 @@ def test_learns_to_count_and_counts_longer_chains(short, long):
 def test_same_seed_same_numbers_and_global_state_untouched(short):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    a, b, c = (ResidueStudent(**FAST, dropout=.1, seed=s).fit([short[0][:1]], [short[1][:1]], progress=False) for s in (3, 3, 4))
+    a, b, c = (ResidueStudent(**FAST, dropout=.1, seed=s).fit([short[0][:1]], [short[1][:1]], progress=False)
+               for s in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     ra, rb, rc = (s.transform(short[0][2:])[0] for s in (a, b, c))
     assert (ra == rb).all() and not np.allclose(ra, rc)
@@ -210,7 +224,8 @@ def test_batches_do_not_matter(student, short):
 
 
 def test_two_proteins_at_once(short, long):
-    both = ResidueStudent(**FAST).fit([short[0][:1], long[0][:1]], [short[1][:1], long[1][:1]], every=[1, 2], progress=False)
+    both = ResidueStudent(**FAST).fit([short[0][:1], long[0][:1]], [short[1][:1], long[1][:1]], every=[1, 2],
+                                      progress=False)
     for X, _, _ in (short, long): assert all(np.isfinite(r).all() for r in both.transform(X))
     alone = both.transform(short[0][:1])[0]
     mixed = committor_of(both.network, both._windows([short[0][:1], long[0][:1]], 1))[0]
@@ -219,7 +234,8 @@ def test_two_proteins_at_once(short, long):
 
 def test_going_on(student, short, long):
     before = {k: v.clone() for k, v in student.network.state_dict().items()}
-    head, whole = (ResidueStudent(**FAST).fit([long[0][:1]], [long[1][:1]], start=student, head=h, progress=False) for h in (True, False))
+    head, whole = (ResidueStudent(**FAST).fit([long[0][:1]], [long[1][:1]], start=student, head=h, progress=False)
+                   for h in (True, False))
     for k, v in student.network.state_dict().items():
         assert torch.equal(v, before[k]) # the source is left alone
         assert k.startswith('head') != torch.equal(head.network.state_dict()[k], v)
@@ -230,9 +246,11 @@ def test_going_on(student, short, long):
 
 
 def test_validation_stops(short):
-    s = ResidueStudent(**FAST | dict(batches=400, patience=1)).fit([short[0][:1]], [short[1][:1]], validation=(short[0][1:2], short[1][1:2]), progress=False)
+    s = ResidueStudent(**FAST | dict(batches=400, patience=1)).fit([short[0][:1]], [short[1][:1]],
+        validation=(short[0][1:2], short[1][1:2]), progress=False)
     scores = [h['score'] for h in s.history]
-    assert np.isfinite(scores).all() and (len(scores) == s.training(int((short[1][0] < 0).sum())).max_epochs or int(np.argmin(scores)) == len(scores) - 2)
+    assert np.isfinite(scores).all() and (len(scores) == s.training(int((short[1][0] < 0).sum())).max_epochs
+                                          or int(np.argmin(scores)) == len(scores) - 2)
 
 
 @pytest.mark.parametrize('n', [10, 500, 5000, 50_000])
@@ -243,7 +261,8 @@ def test_length_of_training_follows_the_data(n):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(window=0), 'window=0; it must be at least 1'), (dict(hidden=9), 'give a multiple'), (dict(loss='mse'), 'choose martingale or outcome'), (dict(patience=0), 'patience=0')])
+    (dict(window=0), 'window=0; it must be at least 1'), (dict(hidden=9), 'give a multiple'),
+    (dict(loss='mse'), 'choose martingale or outcome'), (dict(patience=0), 'patience=0')])
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message): ResidueOptions(**options)
 
@@ -253,14 +272,17 @@ def test_bad_input(student, short):
     fit = lambda *a, **k: ResidueStudent(**FAST).fit(*a, progress=False, **k)
     with pytest.raises(ValueError, match='one list of trajectories for each protein'): fit([X, X], [S])
     with pytest.raises(ValueError, match=r'must be \(T, 1 \+ N, C\)'): fit([[x[:, :, 0] for x in X]], [S])
-    with pytest.raises(ValueError, match='different numbers of channels'): fit([X, [np.repeat(x, 2, 2) for x in X]], [S, S])
-    with pytest.raises(ValueError, match='NaN or infinite'): fit([[np.where(np.arange(len(x))[:, None, None] == 7, np.nan, x) for x in X]], [S])
+    with pytest.raises(ValueError, match='different numbers of channels'):
+        fit([X, [np.repeat(x, 2, 2) for x in X]], [S, S])
+    with pytest.raises(ValueError, match='NaN or infinite'):
+        fit([[np.where(np.arange(len(x))[:, None, None] == 7, np.nan, x) for x in X]], [S])
     with pytest.raises(ValueError, match='states'): fit([X], [[s[:-1] for s in S]])
     with pytest.raises(ValueError, match='no frame is in'): fit([X], [[np.full_like(s, -1) for s in S]])
     with pytest.raises(ValueError, match='steps of at least one frame'): fit([X], [S], every=0)
     with pytest.raises(ValueError, match='give it as start'): fit([X], [S], head=True)
     with pytest.raises(ValueError, match='start= has not been trained'): fit([X], [S], start=ResidueStudent())
-    with pytest.raises(ValueError, match='make the new student with the same'): ResidueStudent(window=2).fit([X], [S], start=student, progress=False)
+    with pytest.raises(ValueError, match='make the new student with the same'):
+        ResidueStudent(window=2).fit([X], [S], start=student, progress=False)
     with pytest.raises(ValueError, match='not been trained; call fit or load'): ResidueStudent().transform(X)
     with pytest.raises(ValueError, match='tokens; found'): student.transform([np.repeat(x, 2, 2) for x in X])
     with pytest.raises(ValueError, match='states'): student.transform(X, S[:1])

@@ -13,8 +13,10 @@ from scipy.spatial.transform import Rotation
 import foldbook.tree as ft
 from foldbook.data import shipped_directory
 from foldbook.structures import build_chain
-from foldbook.tree import (ANGLES, add_positions, closures, compose, decode, encode, euler_angles, euler_axes, fit_torsions, from_paper_tokens, layout, leverage, local_transform, normalised, origin_spread,
-                           paper_mask, paper_tokens, position_angles, read_tree, reconstruction_error, scan, template, to_cartesian, to_internal, validity)
+from foldbook.tree import (ANGLES, add_positions, closures, compose, decode, encode, euler_angles, euler_axes,
+    fit_torsions, from_paper_tokens, layout, leverage, local_transform, normalised, origin_spread,
+                           paper_mask, paper_tokens, position_angles, read_tree, reconstruction_error, scan, template,
+                           to_cartesian, to_internal, validity)
 
 ROOT = Path(__file__).parents[1]
 LETTERS = 'ACDEFGHIKLMNPQRSTVWY'
@@ -22,10 +24,12 @@ sequences = st.text(LETTERS, min_size=2, max_size=9)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def bent(sequence, seed=0): return build_chain(sequence, np.random.default_rng(seed).uniform(-2.8, -0.5, (len(sequence), 2)))
+def bent(sequence, seed=0):
+    return build_chain(sequence, np.random.default_rng(seed).uniform(-2.8, -0.5, (len(sequence), 2)))
 
 
-def jittered(tree, n=1, sigma=0.01, seed=0): return torch.tensor(tree.positions + np.random.default_rng(seed).normal(0, sigma, (n, *tree.positions.shape)))
+def jittered(tree, n=1, sigma=0.01, seed=0):
+    return torch.tensor(tree.positions + np.random.default_rng(seed).normal(0, sigma, (n, *tree.positions.shape)))
 
 
 def record(i, atom, residue, number, xyz, chain='A', letter=' ', occupancy=1.0, code=' ', kind='ATOM  ', element=None):
@@ -34,7 +38,8 @@ def record(i, atom, residue, number, xyz, chain='A', letter=' ', occupancy=1.0, 
 
 def records(t, number=lambda i: i + 1, shift=0.0, **more):
     "One record an atom; `number` of a residue from its place."
-    return [record(a.index + 1, a.name, a.residue.name, number(a.residue.index), x + shift, **more) for a, x in zip(t.topology.atoms, t.xyz[0])]
+    return [record(a.index + 1, a.name, a.residue.name, number(a.residue.index), x + shift, **more)
+            for a, x in zip(t.topology.atoms, t.xyz[0])]
 
 
 def written(tmp_path, lines, name='x.pdb'):
@@ -90,7 +95,8 @@ def test_one_conformer_a_residue_the_fuller_one_is_never_mixed_in(tmp_path):
     leu = {l[12:16].strip(): l for l in records(t) if l[17:20] == 'LEU'}
     with_letter = lambda l, letter, occupancy: l[:16] + letter + l[17:54] + f'{occupancy:6.2f}' + l[60:]
     for name, l in leu.items():
-        lines += [l] if name in ('N', 'CA', 'C', 'O') else [with_letter(l, 'A', 0.45)] + ([with_letter(l, 'B', 0.55)] if name != 'CD2' else [])
+        lines += [l] if name in ('N', 'CA', 'C', 'O') else [with_letter(l, 'A', 0.45)] + ([with_letter(l, 'B', 0.55)]
+                                                                                          if name != 'CD2' else [])
     tree = read_tree(written(tmp_path, lines))
     assert tree.summary.alternates == (('LEU3 of chain A', 'B', ('A',)),)
     assert 'CD2' not in tree.names and tree.summary.missing == (('LEU3 of chain A', ('CD2',)),)
@@ -118,7 +124,9 @@ def test_no_letter_beside_a_letter_is_a_conformer_of_its_own(tmp_path):
 def test_two_amino_acids_in_one_place(tmp_path):
     serine, threonine = bent('GSG'), bent('GTG')
     lines = [l for l in records(serine) if l[22:26] == '   1']
-    lines += [l[:16] + 'A' + l[17:54] + '  0.40' + l[60:] for l in records(serine) if l[22:26] == '   2'] + [l[:16] + 'B' + l[17:54] + '  0.60' + l[60:] for l in records(threonine) if l[22:26] == '   2']
+    lines += [l[:16] + 'A' + l[17:54] + '  0.40' + l[60:]
+              for l in records(serine) if l[22:26] == '   2'] + [l[:16] + 'B' + l[17:54] + '  0.60' + l[60:]
+                                                                 for l in records(threonine) if l[22:26] == '   2']
     lines += [l for l in records(serine) if l[22:26] == '   3']
     tree = read_tree(written(tmp_path, lines))
     assert [r.kind for r in tree.residues] == ['GLY', 'THR', 'GLY'] and len(tree) == 4 + 7 + 5
@@ -128,9 +136,11 @@ def test_two_amino_acids_in_one_place(tmp_path):
 def test_insertion_codes_and_negative_numbers(tmp_path):
     t = bent('GASLK')
     names = [(-3, ' '), (52, ' '), (52, 'A'), (52, 'B'), (53, ' ')]
-    lines = [record(a.index + 1, a.name, a.residue.name, names[a.residue.index][0], x, code=names[a.residue.index][1]) for a, x in zip(t.topology.atoms, t.xyz[0])]
+    lines = [record(a.index + 1, a.name, a.residue.name, names[a.residue.index][0], x, code=names[a.residue.index][1])
+             for a, x in zip(t.topology.atoms, t.xyz[0])]
     tree = read_tree(written(tmp_path, lines))
-    assert [r.number for r in tree.residues] == ['-3', '52', '52A', '52B', '53'] and len(tree.segments) == 1 and len(tree) == t.n_atoms
+    assert [r.number for r in tree.residues] == ['-3', '52', '52A', '52B',
+                                                 '53'] and len(tree.segments) == 1 and len(tree) == t.n_atoms
     comes_back(tree)
 
 
@@ -168,7 +178,8 @@ def test_mdtraj_measures_across_the_gap_where_the_tree_does_not(tmp_path):
     lines = [l for l in records(t, number=lambda i: i + 1 - (i > 3)) if l[17:20] != 'LEU']
     path = written(tmp_path, lines)
     tree = read_tree(path)
-    assert len(md.compute_phi(md.load(str(path)), periodic=False)[0]) == 6 and tree.mask[:, ANGLES.index('phi')].sum() == 5
+    assert len(md.compute_phi(md.load(str(path)), periodic=False)[0]) == 6 and tree.mask[:,
+                                                                                         ANGLES.index('phi')].sum() == 5
 
 
 def test_modified_residues_follow_their_parents(tmp_path):
@@ -183,8 +194,11 @@ def test_modified_residues_follow_their_parents(tmp_path):
     lines.insert(0, lines.pop(0))
     tree = read_tree(written(tmp_path, sorted(lines, key=lambda l: int(l[22:26]))))
     assert [r.kind for r in tree.residues] == ['GLU', 'MSE', 'CYS', 'UNK', 'GLY'] and len(tree.segments) == 1
-    assert tree.summary.unknown == ('XYZ4 of chain A',) and dict(tree.summary.dropped) == {'CSO3 of chain A': ('OD',), 'XYZ4 of chain A': ('OG',)}
-    assert tree.names[tree.names.index('CG', 9) + 1] == 'SE' and 'Se' in tree.elements and layout(tree).types.tolist() == [ft.KINDS.index(k) for k in ('GLU', 'MET', 'CYS', 'UNK', 'GLY')]
+    assert tree.summary.unknown == ('XYZ4 of chain A',) and dict(tree.summary.dropped) == {'CSO3 of chain A': ('OD',),
+                                                                                           'XYZ4 of chain A': ('OG',)}
+    assert tree.names[tree.names.index('CG', 9)
+                      + 1] == 'SE' and 'Se' in tree.elements and layout(tree).types.tolist() == [ft.KINDS.index(k)
+                          for k in ('GLU', 'MET', 'CYS', 'UNK', 'GLY')]
     other = read_tree(tmp_path/'x.pdb', parents={'xyz': 'ser'})
     assert [r.kind for r in other.residues][3] == 'SER' and not other.summary.unknown
     comes_back(tree)
@@ -200,12 +214,14 @@ def test_duplicates_are_counted_and_the_first_is_kept(tmp_path):
 
 
 def test_water_ions_and_ligands_are_left_out_and_said(tmp_path):
-    lines = records(bent('GAG')) + [record(90 + i, 'O', 'HOH', 100 + i, (3, 3, i), kind='HETATM') for i in range(3)] + [record(95, 'ZN', 'ZN', 200, (4, 4, 4), kind='HETATM', element='ZN')]
+    lines = records(bent('GAG')) + [record(90 + i, 'O', 'HOH', 100 + i, (3, 3, i), kind='HETATM')
+        for i in range(3)] + [record(95, 'ZN', 'ZN', 200, (4, 4, 4), kind='HETATM', element='ZN')]
     assert read_tree(written(tmp_path, lines)).summary.others == (('HOH', 3), ('ZN', 1))
 
 
 def test_a_calcium_ion_is_no_residue(tmp_path):
-    tree = read_tree(written(tmp_path, records(bent('GAG')) + [record(95, 'CA', 'CA', 200, (4, 4, 4), kind='HETATM', element='CA')]))
+    tree = read_tree(written(tmp_path,
+        records(bent('GAG')) + [record(95, 'CA', 'CA', 200, (4, 4, 4), kind='HETATM', element='CA')]))
     assert tree.summary.others == (('CA', 1),) and len(tree.residues) == 3
 
 
@@ -217,7 +233,8 @@ def test_terminal_oxygens_by_any_name(tmp_path, ends):
     lines += [record(50 + k, e, 'ALA', 2, o[n], element='O') for k, (e, n) in enumerate(zip(ends, ('O', 'OXT')))]
     tree = read_tree(written(tmp_path, lines))
     assert len(tree) == t.n_atoms and tree.names[-2:] == ends and not tree.summary.dropped
-    assert reconstruction_error(tree, tree.positions[None], to_cartesian(tree, to_internal(tree, tree.positions[None])))['heavy'] < 0.01
+    assert reconstruction_error(tree, tree.positions[None],
+                                to_cartesian(tree, to_internal(tree, tree.positions[None])))['heavy'] < 0.01
 
 
 def test_the_order_of_atoms_in_the_file_changes_nothing(tmp_path):
@@ -232,14 +249,16 @@ def test_the_order_of_atoms_in_the_file_changes_nothing(tmp_path):
 
 def test_cis_peptide_bonds_and_disulfides_are_reported():
     tree = read_tree(shipped_directory()/'1bom.pdb.xz')
-    assert [d[:2] for d in tree.summary.disulfides] == [('CYS6 of chain A', 'CYS11 of chain A'), ('CYS7 of chain A', 'CYS7 of chain B'), ('CYS20 of chain A', 'CYS19 of chain B')]
+    assert [d[:2] for d in tree.summary.disulfides] == [('CYS6 of chain A', 'CYS11 of chain A'),
+        ('CYS7 of chain A', 'CYS7 of chain B'), ('CYS20 of chain A', 'CYS19 of chain B')]
     assert not tree.summary.cis
     t = bent('GAPG')
     x = to_internal(read_tree(t), read_tree(t).positions[None])
     x.values[0, 2, ANGLES.index('omega')] = 0.1
     turned = read_tree(read_tree(t).trajectory(to_cartesian(read_tree(t), x)))
     (label, omega), = turned.summary.cis
-    assert label.startswith('PRO3') and abs(omega - 0.1) < 1e-4 and 'Cis peptide bonds before: PRO3' in str(turned.summary)
+    assert label.startswith('PRO3') and abs(omega
+                                            - 0.1) < 1e-4 and 'Cis peptide bonds before: PRO3' in str(turned.summary)
 
 
 def test_mirrored_residues_keep_their_hand():
@@ -247,16 +266,19 @@ def test_mirrored_residues_keep_their_hand():
     mirror = md.Trajectory(t.xyz*np.float32([1, 1, -1]), t.topology)
     tree = read_tree(mirror)
     assert len(tree.summary.mirrored) == 1
-    error = reconstruction_error(tree, tree.positions[None], to_cartesian(tree, to_internal(tree, tree.positions[None])))
+    error = reconstruction_error(tree, tree.positions[None],
+                                 to_cartesian(tree, to_internal(tree, tree.positions[None])))
     assert error['heavy'] < 0.01 and not read_tree(t).summary.mirrored
 
 
 def test_caps_are_part_of_the_chain():
     t = build_chain('AP', (-1.2, 2.4), caps=True)
     tree = read_tree(t)
-    assert len(tree) == t.n_atoms and [r.kind for r in tree.residues] == ['ACE', 'ALA', 'PRO', 'NME'] and len(tree.segments) == 1
+    assert len(tree) == t.n_atoms and [r.kind for r in tree.residues] == ['ACE', 'ALA', 'PRO',
+                                                                          'NME'] and len(tree.segments) == 1
     comes_back(tree)
-    assert np.allclose(to_internal(tree, tree.positions[None]).values[0, 1:3, ANGLES.index('phi')], md.compute_phi(t, periodic=False)[1], atol=1e-5)
+    assert np.allclose(to_internal(tree, tree.positions[None]).values[0, 1:3, ANGLES.index('phi')],
+                       md.compute_phi(t, periodic=False)[1], atol=1e-5)
 
 
 @pytest.mark.parametrize('form', ['pdb', 'cif', 'trajectory', 'pdb.gz', 'cif.xz'])
@@ -267,12 +289,14 @@ def test_every_kind_of_source_gives_the_same_tree(tmp_path, form):
     if form == 'trajectory': source = t
     else:
         text = io.StringIO()
-        (app.PDBFile if form.startswith('pdb') else app.PDBxFile).writeFile(t.topology.to_openmm(), t.xyz[0]*unit.nanometer, text)
+        (app.PDBFile if form.startswith('pdb') else app.PDBxFile).writeFile(t.topology.to_openmm(),
+                                                                            t.xyz[0]*unit.nanometer, text)
         source = tmp_path/f'x.{form}'
         opened = gzip.open if form.endswith('gz') else lzma.open if form.endswith('xz') else open
         with opened(source, 'wt') as f: f.write(text.getvalue())
     tree = read_tree(source)
-    assert tree.names == expected.names and np.array_equal(tree.parent, expected.parent) and np.array_equal(tree.torsion, expected.torsion)
+    assert tree.names == expected.names and np.array_equal(tree.parent,
+        expected.parent) and np.array_equal(tree.torsion, expected.torsion)
     assert np.abs(tree.positions - expected.positions).max() < 1e-4
 
 
@@ -283,10 +307,14 @@ def test_mmcif_alternates_insertion_codes_models_and_author_names(tmp_path):
         for a, x in zip(t.topology.atoms, t.xyz[0]*10):
             for alt, occupancy in (('A', 0.3), ('B', 0.7)) if a.name == 'OG' else (('.', 1),):
                 code = 'A' if a.residue.index == 1 else '?'
-                lines.append(f'ATOM {len(lines) + 1} {a.element.symbol} {a.name} {alt} {a.residue.name} Q {a.residue.index + 1} {code} {x[0]:.3f} {x[1]:.3f} {x[2]:.3f} {occupancy} {-4 + a.residue.index - (a.residue.index > 1)} L {model}')
-    (tmp_path/'x.cif').write_text('data_x\nloop_\n' + '\n'.join(f'_atom_site.{c}' for c in columns) + '\n' + '\n'.join(lines) + '\n')
+                lines.append(f'ATOM {len(lines) + 1} {a.element.symbol} {a.name} {alt} {a.residue.name} Q '
+                             f'{a.residue.index + 1} {code} {x[0]:.3f} {x[1]:.3f} {x[2]:.3f} {occupancy} '
+                             f'{-4 + a.residue.index - (a.residue.index > 1)} L {model}')
+    (tmp_path/'x.cif').write_text('data_x\nloop_\n' + '\n'.join(f'_atom_site.{c}' for c in columns) + '\n'
+                                  + '\n'.join(lines) + '\n')
     tree = read_tree(tmp_path/'x.cif')
-    assert len(tree) == t.n_atoms and [r.label for r in tree.residues] == ['GLY-4 of chain L', 'SER-3A of chain L', 'ALA-3 of chain L'] and tree.summary.alternates == (('SER-3A of chain L', 'B', ('A',)),)
+    assert len(tree) == t.n_atoms and [r.label for r in tree.residues] == ['GLY-4 of chain L', 'SER-3A of chain L',
+        'ALA-3 of chain L'] and tree.summary.alternates == (('SER-3A of chain L', 'B', ('A',)),)
 
 
 @settings(deadline=None, max_examples=40)
@@ -298,8 +326,12 @@ def test_damaged_files_are_read_or_refused_in_a_sentence(tmp_path_factory, data)
         how = data.draw(st.sampled_from(['cut', 'drop', 'swap', 'character', 'double']))
         if how == 'cut': lines[i] = lines[i][:data.draw(st.integers(0, 79))]
         if how == 'drop': lines[i] = ''
-        if how == 'swap': j = data.draw(st.integers(0, len(lines) - 1)); lines[i], lines[j] = lines[j], lines[i]
-        if how == 'character' and lines[i]: k = data.draw(st.integers(0, len(lines[i]) - 1)); lines[i] = lines[i][:k] + data.draw(st.sampled_from(' X9-.*\u00e5')) + lines[i][k+1:]
+        if how == 'swap':
+            j = data.draw(st.integers(0, len(lines) - 1))
+            lines[i], lines[j] = lines[j], lines[i]
+        if how == 'character' and lines[i]:
+            k = data.draw(st.integers(0, len(lines[i]) - 1))
+            lines[i] = lines[i][:k] + data.draw(st.sampled_from(' X9-.*\u00e5')) + lines[i][k+1:]
         if how == 'double': lines.insert(i, lines[i])
     path = written(tmp_path_factory.mktemp('odd'), lines)
     try: tree = read_tree(path)
@@ -308,11 +340,15 @@ def test_damaged_files_are_read_or_refused_in_a_sentence(tmp_path_factory, data)
         assert str(tree.summary) and np.isfinite(tree.positions).all()
         x = torch.tensor(tree.positions)[None]
         y = to_cartesian(tree, to_internal(tree, x, 'all'))
-        if min(np.linalg.norm(x[0, a] - x[0, p]) for a, p in enumerate(tree.parent) if p >= 0) > 0.05: assert (y - x).abs().max() < 1e-6
+        if min(np.linalg.norm(x[0, a] - x[0, p]) for a, p in enumerate(tree.parent) if p >= 0) > 0.05:
+            assert (y - x).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize('lines, message', [([], 'atoms'), (['REMARK nothing here'], 'atoms'), (['ATOM  nonsense'], 'cannot be read|can be read'),
-                                            ([record(1, 'O', 'HOH', 1, (0, 0, 0))], 'no amino acid'), ([record(1, 'CA', 'GLY', 1, (0, 0, 0)), record(2, 'CA', 'ALA', 2, (0.38, 0, 0))], 'C-alpha model')])
+@pytest.mark.parametrize('lines, message', [([], 'atoms'), (['REMARK nothing here'], 'atoms'),
+                                            (['ATOM  nonsense'], 'cannot be read|can be read'),
+                                            ([record(1, 'O', 'HOH', 1, (0, 0, 0))], 'no amino acid'),
+                                            ([record(1, 'CA', 'GLY', 1, (0, 0, 0)),
+                                              record(2, 'CA', 'ALA', 2, (0.38, 0, 0))], 'C-alpha model')])
 def test_what_is_no_protein_is_refused(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message): read_tree(written(tmp_path, lines))
 
@@ -324,14 +360,16 @@ def test_errors_name_what_is_wrong(tmp_path):
     bad.xyz[0, 5] = np.nan
     with pytest.raises(ValueError, match='atom CA of ALA2'): read_tree(bad)
     tree = read_tree(t)
-    with pytest.raises(ValueError, match='choose from all, default, torsions'): to_internal(tree, tree.positions[None], 'some')
+    with pytest.raises(ValueError, match='choose from all, default, torsions'):
+        to_internal(tree, tree.positions[None], 'some')
     with pytest.raises(ValueError, match=r'\(frames, 14, 3\)'): to_internal(tree, tree.positions)
     with pytest.raises(ValueError, match='make the tree from a frame'): tree.coordinates(t.atom_slice(range(5)))
     x = to_internal(tree, tree.positions[None])
     with pytest.raises(ValueError, match="level 'all'"): to_cartesian(tree, x._replace(level='all'))
     with pytest.raises(ValueError, match='exact without'): fit_torsions(tree, tree.positions[None], 'all')
     for tokens in (paper_tokens, encode):
-        with pytest.raises(ValueError, match='default level'): tokens(tree, to_internal(tree, tree.positions[None], 'all'))
+        with pytest.raises(ValueError, match='default level'):
+            tokens(tree, to_internal(tree, tree.positions[None], 'all'))
     with pytest.raises(ValueError, match='larger reach'): paper_tokens(tree, x._replace(origins=x.origins + 11))
     with pytest.raises(ValueError, match='longest=4'): position_angles(tree, longest=3)
 
@@ -386,7 +424,8 @@ def test_850_residues(long_chain, dtype, tolerance_nm, precision):
 @pytest.mark.parametrize('name', ['1bom', '1crn', '1l2y'])
 def test_default_level_of_shipped_structures(name):
     tree = read_tree(shipped_directory()/f'{name}.pdb.xz')
-    error = reconstruction_error(tree, tree.positions[None], to_cartesian(tree, to_internal(tree, tree.positions[None])))
+    error = reconstruction_error(tree, tree.positions[None],
+                                 to_cartesian(tree, to_internal(tree, tree.positions[None])))
     assert error['backbone'] < 0.015 and error['heavy'] < 0.030
 
 
@@ -394,7 +433,8 @@ def test_every_structure_of_the_stored_table():
     rows = [r for r in json.loads((ROOT/'data'/'tree.json').read_text())['structures']]
     measured = [r for r in rows if not r['prepared']]
     assert len(measured) >= 11 and {'1bom', '19hc', '1hvr', '1osm', '4E43'} <= {r['name'] for r in rows}
-    assert np.median([r['default']['backbone'] for r in measured]) < 0.015 and np.median([r['default']['heavy'] for r in measured]) < 0.030
+    assert np.median([r['default']['backbone'] for r in measured]) < 0.015 and np.median([r['default']['heavy']
+                                                                                          for r in measured]) < 0.030
     tree = read_tree(shipped_directory()/'1crn.pdb.xz')
     here = reconstruction_error(tree, tree.positions[None], to_cartesian(tree, to_internal(tree, tree.positions[None])))
     stored = next(r for r in rows if r['name'] == '1crn')['default']
@@ -413,12 +453,16 @@ def test_torsions_are_those_of_mdtraj():
     tree, t = read_tree(bent('ACDEFGHIKLMNPQRSTVWY', 3)), bent('ACDEFGHIKLMNPQRSTVWY', 3)
     t.xyz += np.random.default_rng(0).normal(0, 0.005, t.xyz.shape).astype(np.float32)
     table = to_internal(tree, tree.coordinates(t)).values[0].numpy()
-    kinds = dict(phi=(md.compute_phi, 2), psi=(md.compute_psi, 1), omega=(md.compute_omega, 2), chi1=(md.compute_chi1, 1), chi2=(md.compute_chi2, 1), chi3=(md.compute_chi3, 1), chi4=(md.compute_chi4, 1), chi5=(md.compute_chi5, 1))
+    kinds = dict(phi=(md.compute_phi, 2), psi=(md.compute_psi, 1), omega=(md.compute_omega, 2),
+                 chi1=(md.compute_chi1, 1), chi2=(md.compute_chi2, 1), chi3=(md.compute_chi3, 1),
+                 chi4=(md.compute_chi4, 1), chi5=(md.compute_chi5, 1))
     for name, (compute, owner) in kinds.items():
         atoms, values = compute(t, periodic=False)
         rows = [t.topology.atom(int(a[owner])).residue.index for a in atoms]
-        assert len(rows) and np.abs(np.angle(np.exp(1j*(table[rows, ANGLES.index(name)] - values[0])))).max() < 1e-4, name
-    angles = md.compute_angles(t, [[r.atom(0).index, r.atom(1).index, r.atom(2).index] for r in t.topology.residues][1:])
+        assert len(rows) and np.abs(np.angle(np.exp(1j*(table[rows, ANGLES.index(name)]
+                                                        - values[0])))).max() < 1e-4, name
+    angles = md.compute_angles(t, [[r.atom(0).index, r.atom(1).index, r.atom(2).index]
+                                   for r in t.topology.residues][1:])
     assert np.abs(table[1:, ANGLES.index('N-CA-C')] - angles[0]).max() < 1e-4
 
 
@@ -474,7 +518,8 @@ def test_refitting_brings_the_atoms_closer():
     tree = read_tree(shipped_directory()/'1l2y.pdb.xz')
     x = torch.tensor(tree.positions)[None]
     for level, factor in (('torsions', 3), ('default', 1.4)):
-        read, fitted = (reconstruction_error(tree, x, to_cartesian(tree, f(tree, x, level))) for f in (to_internal, lambda *a: fit_torsions(*a, steps=25)))
+        read, fitted = (reconstruction_error(tree, x, to_cartesian(tree, f(tree, x, level)))
+                        for f in (to_internal, lambda *a: fit_torsions(*a, steps=25)))
         assert fitted['heavy']*factor < read['heavy'] and fitted['backbone'] < read['backbone']
     assert fit_torsions(tree, x, 'default', steps=3).values[0, ~torch.tensor(tree.mask)].abs().max() == 0
 
@@ -510,7 +555,9 @@ def test_trajectories_come_back_as_files(tmp_path):
     tree = read_tree(shipped_directory()/'1bom.pdb.xz')
     tree.trajectory(jittered(tree, 3)).save_pdb(str(tmp_path/'x.pdb'))
     again = read_tree(tmp_path/'x.pdb')
-    assert again.names == tree.names and len(again.segments) == 2 and [int(r.number) % 10_000 for r in again.residues] == [int(r.number) % 10_000 for r in tree.residues] # mdtraj writes -2 as 9998
+    # mdtraj writes -2 as 9998
+    assert again.names == tree.names and len(again.segments) == 2 and [int(r.number) % 10_000
+        for r in again.residues] == [int(r.number) % 10_000 for r in tree.residues]
 
 
 # the paper's encoding: each test fails on the version that the paper prints
@@ -518,7 +565,8 @@ def test_trajectories_come_back_as_files(tmp_path):
 @pytest.fixture(scope='module')
 def dimer():
     a, b = bent('GASLWPK', 1), bent('MRTDE', 2)
-    tree = read_tree(md.Trajectory(np.concatenate([a.xyz, b.xyz @ Rotation.from_rotvec([1, 2, -1]).as_matrix() + 1.5], 1), a.topology.join(b.topology)))
+    tree = read_tree(md.Trajectory(np.concatenate([a.xyz, b.xyz @ Rotation.from_rotvec([1, 2, -1]).as_matrix() + 1.5],
+                                                  1), a.topology.join(b.topology)))
     return tree, to_internal(tree, jittered(tree, 3))
 
 
@@ -547,7 +595,8 @@ def test_two_angles_do_not_fix_a_rotation(angles, locked):
 def test_six_numbers_are_a_rotation_whatever_a_network_writes(dimer):
     tree, i = dimer
     e = encode(tree, i)
-    noisy = e._replace(frames=e.frames + 0.3*torch.randn(e.frames.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    noisy = e._replace(frames=e.frames + 0.3*torch.randn(e.frames.shape, dtype=torch.float64,
+                                                         generator=torch.Generator().manual_seed(0)))
     axes = decode(tree, noisy).axes
     assert torch.allclose(axes.mT @ axes, torch.eye(3, dtype=torch.float64).expand_as(axes), atol=1e-12)
 
@@ -572,7 +621,8 @@ def test_more_chains_than_columns_raise(dimer):
         for k in range(1, n): top, xyz = top.join(a.topology), np.concatenate([xyz, a.xyz + 3*k], 1)
         return read_tree(md.Trajectory(xyz, top))
     seven = complex_of(7)
-    for call in (lambda: paper_tokens(seven, to_internal(seven, seven.positions[None]), reach=30), lambda: paper_mask(seven)):
+    for call in (lambda: paper_tokens(seven, to_internal(seven, seven.positions[None]), reach=30),
+                 lambda: paper_mask(seven)):
         with pytest.raises(ValueError, match='3 x 7 = 21'): call()
     assert paper_mask(complex_of(6)).shape == (2 + 18, 40)
     assert paper_tokens(seven, to_internal(seven, seven.positions[None]), width=21, reach=30).shape == (1, 23, 42)
@@ -591,12 +641,14 @@ def test_counting_from_one_keeps_the_type():
 
 
 def test_positions_are_absolute_in_the_paper_and_relative_by_default(dimer):
-    "Resolution 4: the same residue at the same place of two chains has another angle in the paper, and the same position by default."
+    """Resolution 4: the same residue at the same place of two chains has another angle in the paper, and the same
+    position by default."""
     a = bent('GAVGK')
     tree = read_tree(md.Trajectory(np.concatenate([a.xyz, a.xyz + 2], 1), a.topology.join(a.topology)))
     alpha, place = position_angles(tree)[2:], layout(tree)
     assert not torch.allclose(torch.cos(alpha[:5]), torch.cos(alpha[5:]))
-    assert torch.equal(place.positions[:5], place.positions[5:]) and torch.equal(place.types[:5], place.types[5:]) and place.chains.tolist() == [0]*5 + [1]*5
+    assert torch.equal(place.positions[:5], place.positions[5:]) and torch.equal(place.types[:5],
+        place.types[5:]) and place.chains.tolist() == [0]*5 + [1]*5
 
 
 def test_padding_is_masked_before_it_is_divided(dimer):
@@ -631,8 +683,10 @@ def test_tumbling_is_in_one_token(dimer):
     turn = torch.tensor(Rotation.from_rotvec([2, 1, 0]).as_matrix())
     moved = to_internal(tree, to_cartesian(tree, i) @ turn.T + 3)
     a, b = encode(tree, i), encode(tree, moved)
-    assert torch.allclose(a.frames[:, 1:], b.frames[:, 1:], atol=1e-10) and torch.allclose(a.residues, b.residues, atol=1e-10) and not torch.allclose(a.frames[:, 0], b.frames[:, 0])
-    assert 0 < origin_spread(i) < 0.2 and origin_spread(to_internal(read_tree(bent('GA')), read_tree(bent('GA')).positions[None])) == 1.0
+    assert torch.allclose(a.frames[:, 1:], b.frames[:, 1:], atol=1e-10) and torch.allclose(a.residues, b.residues,
+        atol=1e-10) and not torch.allclose(a.frames[:, 0], b.frames[:, 0])
+    assert 0 < origin_spread(i) < 0.2 and origin_spread(to_internal(read_tree(bent('GA')),
+                                                                    read_tree(bent('GA')).positions[None])) == 1.0
 
 
 def test_structures_of_data_are_listed():

@@ -10,8 +10,10 @@ from hypothesis import given, settings, strategies as st
 from foldbook.committor import clamp, count_transitions, outcomes
 from foldbook.systems import SYSTEMS
 from foldbook import zq
-from foldbook.zq import (LIMIT, Scores, TauProfile, Verdict, ZqResult, as_probability, calibration, cut_profile, cut_profiles, cycle_bootstrap, default_lags, error_budget,
-                         excursions, explain, is_short, judge, lag_windows, law, log_edges, mean_transition_path, measure_law, nominal_lengths, paired_log_loss, plot_calibration,
+from foldbook.zq import (LIMIT, Scores, TauProfile, Verdict, ZqResult, as_probability, calibration, cut_profile,
+                         cut_profiles, cycle_bootstrap, default_lags, error_budget,
+                         excursions, explain, is_short, judge, lag_windows, law, log_edges, mean_transition_path,
+                         measure_law, nominal_lengths, paired_log_loss, plot_calibration,
                          plot_zq, profile, profile_tau, regular, scores, studentised)
 
 few = settings(deadline=None, max_examples=40)
@@ -26,7 +28,8 @@ def sample(name, n_frames, seed, n=1):
 
 
 def windows(flags, lag, length=None):
-    "Every window of one trajectory as Counter{(start, end): how often}, item by item as the definition lists them; `length` is nominal."
+    """Every window of one trajectory as Counter{(start, end): how often}, item by item as the definition lists them;
+    `length` is nominal."""
     n, found = len(flags), Counter()
     granted = length or n
     boundary = [t for t in range(n) if flags[t] >= 0]
@@ -53,7 +56,8 @@ def by_windows(found, r, lag, x, weights=None):
 def ensembles(draw, most=3, longest=24):
     "A few short random trajectories; now and then clamped, one state missing, one frame long."
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    flags = [rng.choice(draw(st.sampled_from([(-1, 0, 1), (-1, -1, -1, 0, 1), (-1, 0), (-1, -1, 1), (-1,)])), draw(st.integers(1, longest))).astype(np.int8)
+    flags = [rng.choice(draw(st.sampled_from([(-1, 0, 1), (-1, -1, -1, 0, 1), (-1, 0), (-1, -1, 1), (-1,)])),
+                        draw(st.integers(1, longest))).astype(np.int8)
              for _ in range(draw(st.integers(1, most)))]
     r = [rng.random(len(f)) for f in flags]
     return (clamp(r, flags) if draw(st.booleans()) else r), flags
@@ -70,7 +74,8 @@ def test_sums_match_brute_force(data, weighted):
     assert isinstance(result, ZqResult)
     for i, k in enumerate(lags):
         lists = [windows(f, k) for f in flags]
-        parts = lambda x: np.sum([by_windows(c, y, k, x, weights[j] if weighted else None) for j, (c, y) in enumerate(zip(lists, r))], 0)
+        parts = lambda x: np.sum([by_windows(c, y, k, x, weights[j] if weighted else None)
+                                  for j, (c, y) in enumerate(zip(lists, r))], 0)
         for b in (0, 7, 19): assert abs(result.zq[i, b] - parts(result.edges[b + 1])[0]) <= 1e-12
         assert abs(result.delta_r2[i] - parts(2)[1]) <= 1e-12
 
@@ -90,10 +95,12 @@ def test_nominal_lengths_match_brute_force(data, extra):
         lists = [windows(f, k, n) for f, n in zip(flags, lengths)]
         for f, n, expected in zip(flags, lengths, lists):
             first, last, count = lag_windows(f, k, n)
-            assert Counter({(a, b): m for a, b, m in zip(first.tolist(), last.tolist(), count.tolist()) if m}) == expected
+            assert Counter({(a, b): m for a, b, m in zip(first.tolist(), last.tolist(), count.tolist())
+                            if m}) == expected
         result = cut_profiles(r, flags, [k], 20, lengths=lengths)
         for b in (0, 7, 19):
-            assert abs(result.zq[0, b] - sum(by_windows(c, x, k, result.edges[b + 1])[0] for c, x in zip(lists, r))) <= 1e-12
+            assert abs(result.zq[0, b] - sum(by_windows(c, x, k, result.edges[b + 1])[0]
+                                             for c, x in zip(lists, r))) <= 1e-12
         edges, z = cut_profile(r, k, 1, n_bins=20, states=flags, lengths=lengths)
         np.testing.assert_allclose(z, result.zc1[0], atol=1e-12)
 
@@ -110,14 +117,16 @@ def test_cut_profiles_of_any_exponent_match_brute_force(data, alpha, lag, weight
         x, total = edges[i + 1], 0.
         for j, v in enumerate(r):
             d, crosses = v[lag:] - v[:-lag], (np.minimum(v[lag:], v[:-lag]) < x) & (x <= np.maximum(v[lag:], v[:-lag]))
-            total += (power(d, edges[-1] - edges[0]) * crosses * (weights[j][:len(d)] if weighted else 1))[crosses].sum()
+            total += (power(d, edges[-1] - edges[0]) * crosses
+                      * (weights[j][:len(d)] if weighted else 1))[crosses].sum()
         assert abs(z[i] - total / (2 * lag)) <= 1e-9 * max(total, 1)
     edges, z = cut_profile(r, lag, alpha, weights, n_bins=11, states=flags)
     for i in (0, 4, 10):
         x, total = edges[i + 1], 0.
         for j, (v, f) in enumerate(zip(r, flags)):
             for (a, b), m in windows(f, lag).items():
-                if min(v[a], v[b]) < x <= max(v[a], v[b]): total += m * power(v[b] - v[a], 1) * (weights[j][a] if weighted else 1)
+                if min(v[a], v[b]) < x <= max(v[a], v[b]):
+                    total += m * power(v[b] - v[a], 1) * (weights[j][a] if weighted else 1)
         assert abs(z[i] - total / (2 * lag)) <= 1e-9 * max(total, 1)
 
 
@@ -130,14 +139,16 @@ def test_exact_and_uneven_bins_agree_with_the_definition(data):
     for i in range(len(exact.edges) - 1):
         x = exact.edges[i]  # the bin holds this value alone
         assert abs(exact.zq[0, i] - sum(by_windows(c, v, 1, x + 1e-13)[0] for c, v in zip(lists, r))) <= 1e-12
-    for i in range(12): assert abs(logs.zq[0, i] - sum(by_windows(c, v, 1, logs.edges[i + 1])[0] for c, v in zip(lists, r))) <= 1e-12
+    for i in range(12):
+        assert abs(logs.zq[0, i] - sum(by_windows(c, v, 1, logs.edges[i + 1])[0] for c, v in zip(lists, r))) <= 1e-12
 
 
 @few
 @given(ensembles())
 def test_zc1_is_the_mean_of_both_directions_in_time(data):
     r, flags = data
-    forward, backward = cut_profiles(r, flags), cut_profiles([x[::-1] for x in r], [f[::-1] for f in flags], default_lags(flags))
+    forward, backward = cut_profiles(r, flags), cut_profiles([x[::-1] for x in r], [f[::-1] for f in flags],
+                                                             default_lags(flags))
     assert np.abs(forward.zc1 - (forward.zq + backward.zq) / 2).max() <= 1e-10
 
 
@@ -145,7 +156,8 @@ def test_zc1_is_the_mean_of_both_directions_in_time(data):
 def test_area_of_zc1_is_half_the_squared_displacement(name):
     _, _, states, q = sample(name, 100_000, 7)
     rng = np.random.default_rng(0)
-    r = clamp([np.clip(x + rng.normal(0, 0.01, len(x)), 0, 1) for x in q], states)  # the committor of a chain has few values
+    # the committor of a chain has few values
+    r = clamp([np.clip(x + rng.normal(0, 0.01, len(x)), 0, 1) for x in q], states)
     result = cut_profiles(r, states)
     np.testing.assert_allclose(result.zc1.mean(1), result.delta_r2 / 2, rtol=2e-3)
 
@@ -180,7 +192,8 @@ def test_law_of_a_random_walk():
 def test_p_values_of_the_exact_committor_are_uniform():
     _, _, states, q = sample('dw1d', 100_000, 3)
     result = profile(q, states)
-    assert set(result.p_values) == {'t_max', 't_sd'} and result.p_value == result.p_values['t_max'] and result.t_ne is None
+    assert set(result.p_values) == {'t_max',
+                                    't_sd'} and result.p_value == result.p_values['t_max'] and result.t_ne is None
     p = []
     for seed in range(30):
         s, e, _ = walks('dw1d', seed, 'free', 300)
@@ -203,7 +216,8 @@ def average(r, states, width, ahead=0):
 
 
 def along(name, paths, states, diffusive):
-    "Committor along the first coordinate alone: of one-dimensional diffusion, or the conditional mean of the exact one."
+    """Committor along the first coordinate alone: of one-dimensional diffusion, or the conditional mean of the exact
+    one."""
     system = SYSTEMS[name]()
     x, k = np.unique(system.coordinates[:, 0].round(6), return_inverse=True)
     if diffusive:
@@ -255,7 +269,8 @@ def test_white_noise_and_mean_levels_are_those_of_the_law():
     for name in ('dw1d', 'lshape2d'):
         _, _, states, q = sample(name, 400_000, 0)
         sd = (count_transitions(states)[0] / sum((f < 0).sum() for f in states))**0.5
-        result = profile(clamp([x + np.random.default_rng(1).normal(0, sd, len(x)) for x in q], states), states, lags=[1, 4, 16, 64])
+        result = profile(clamp([x + np.random.default_rng(1).normal(0, sd, len(x)) for x in q], states), states,
+                         lags=[1, 4, 16, 64])
         assert result.t_max > 40 and result.verdict.label == 'missing slow variable' and result.mean_ratio[0] > 1.3 * result.mean_ratio[2]
         causal = profile(average(q, states, 7), states, lags=[1, 4, 16, 64]).mean_ratio
         assert (np.diff(causal) > 0).all() and causal[0] < 0.35 and causal[-1] > 0.85
@@ -266,7 +281,8 @@ def test_explanations_are_two_plain_sentences():
     result = profile(q, states)
     for label in zq._PLAIN:
         text = explain(zq.replace(result, verdict=Verdict(label, label == 'pass', '')))
-        assert len(re.split(r'(?<=[.!?])\s', text)) == 2 and text.endswith('.') and '{' not in text and 'Z_q' not in text, text
+        assert len(re.split(r'(?<=[.!?])\s',
+                            text)) == 2 and text.endswith('.') and '{' not in text and 'Z_q' not in text, text
     with pytest.raises(ValueError, match='profile'): explain(cut_profiles(q, states))
     for r in (average(q, states, 7), [x**2 for x in q]): assert explain(profile(r, states)) != explain(result)
 
@@ -299,8 +315,10 @@ def test_out_of_sample_log_loss_finds_a_centred_window():
     _, _, states, q = sample('lshape2d', 400_000, 1)
     causal = average(q, states, 7)  # what an honest window of the same width can know
     difference, se = paired_log_loss(average(q, states, 7, 3), causal, states)
-    assert difference < -3 * se and profile(average(q, states, 7, 3), states, reference=causal).verdict.label == 'uses the future'
-    assert paired_log_loss(causal, q, states)[0] > 0 and profile(causal, states, reference=q).verdict.label == 'over-smoothed'
+    assert difference < -3 * se and profile(average(q, states, 7, 3), states,
+                                            reference=causal).verdict.label == 'uses the future'
+    assert paired_log_loss(causal, q, states)[0] > 0 and profile(causal, states,
+                                                                 reference=q).verdict.label == 'over-smoothed'
 
 
 def test_the_trivial_martingale_passes_and_knows_little():
@@ -355,7 +373,8 @@ def test_splitting_loses_only_the_windows_across_the_cut(data, cut, lag):
     lost = whole - parts
     assert not parts - whole
     assert all(min(s, e - lag) < cut <= max(e, s + lag) for s, e in lost)
-    a, b = cut_profiles([r], [flags], [lag], 10), cut_profiles([r[:cut], r[cut:]], [flags[:cut], flags[cut:]], [lag], 10)
+    a, b = cut_profiles([r], [flags], [lag], 10), cut_profiles([r[:cut], r[cut:]], [flags[:cut], flags[cut:]], [lag],
+                                                               10)
     for i in range(10): assert abs(a.zq[0, i] - b.zq[0, i] - by_windows(lost, r, lag, a.edges[i + 1])[0]) <= 1e-12
 
 
@@ -381,7 +400,8 @@ def test_exact_committor_passes_out_of_equilibrium(name, ensemble, length):
     found, lags = [], [1, 2, 4, 8, 16]
     for seed in range(10):
         states, q, _ = walks(name, seed, ensemble, 1000, length)
-        lengths = None if ensemble == 'free' else 33 if length == 'fixed' else nominal_lengths(states, clock=33, seed=seed)
+        lengths = None if ensemble == 'free' else 33 if length == 'fixed' else nominal_lengths(states, clock=33,
+                                                                                               seed=seed)
         found.append(studentised(q, states, lags, lengths=lengths))
     found = np.array(found)
     assert (found.max(1) <= 2.9).mean() >= 0.9 and found.max() < 3.8 and 0.7 < np.median(found) < 1.4
@@ -395,14 +415,16 @@ def test_exact_committor_passes_out_of_equilibrium(name, ensemble, length):
 def test_hidden_variables_are_found_out_of_equilibrium(ensemble, lengths):
     states, q, x = walks('lshape2d', 0, ensemble)
     result = profile(x, states, lengths=lengths)
-    assert result.t_ne >= 15 and result.verdict.label in ('missing slow variable', 'miscalibrated') and len(re.split(r'(?<=[.])\s', explain(result))) == 2
+    assert result.t_ne >= 15 and result.verdict.label in ('missing slow variable',
+        'miscalibrated') and len(re.split(r'(?<=[.])\s', explain(result))) == 2
     states, q, x = walks('persist1d', 0, ensemble, 4000)
     smooth = profile(x, states, lengths=lengths)
     assert smooth.t_ne > 6 and smooth.verdict.label == 'over-smoothed'
     assert profile([np.sqrt(v) for v in q], states, lengths=lengths).verdict.label in ('miscalibrated', 'wrong level')
     leak = [np.where(np.isnan(o), v, o) for o, v in zip(outcomes(states), q)]
     keep = [i for i, o in enumerate(outcomes(states)) if not np.isnan(o).any()]
-    assert profile([leak[i] for i in keep], [states[i] for i in keep], lengths=lengths).verdict.label == 'uses the future'
+    assert profile([leak[i] for i in keep], [states[i] for i in keep],
+                   lengths=lengths).verdict.label == 'uses the future'
 
 
 def test_stopped_trajectories_need_their_nominal_length():
@@ -471,8 +493,10 @@ def test_compensation_restores_the_level_up_to_half_a_trajectory():
     np.testing.assert_allclose(mended, raw * 32 / (33 - np.array([1, 8, 16])), rtol=1e-9)
     assert np.abs(mended / mended[0] - 1).max() < 0.1 < 0.4 < 1 - raw[-1] / raw[0]
     with pytest.raises(ValueError, match='half'): cut_profiles(q, states, [17], compensate=True)
-    mixed = cut_profiles(q[:100] + [np.concatenate(q[100:110])], states[:100] + [np.concatenate(states[100:110])], [8], 50, compensate=True)
-    apart = [cut_profiles(v, f, [8], 50, compensate=True).zq for v, f in ((q[:100], states[:100]), ([np.concatenate(q[100:110])], [np.concatenate(states[100:110])]))]
+    mixed = cut_profiles(q[:100] + [np.concatenate(q[100:110])], states[:100] + [np.concatenate(states[100:110])], [8],
+                         50, compensate=True)
+    apart = [cut_profiles(v, f, [8], 50, compensate=True).zq
+             for v, f in ((q[:100], states[:100]), ([np.concatenate(q[100:110])], [np.concatenate(states[100:110])]))]
     np.testing.assert_allclose(mixed.zq, sum(apart), atol=1e-12)
 
 
@@ -501,7 +525,8 @@ def test_z_tau_matches_brute_force(data, lag, uneven):
         total = 0.
         for j, (v, f) in enumerate(zip(r, flags)):
             t = times[j] if uneven else np.arange(len(v))
-            total += sum(m * (v[e] - v[s] + t[e] - t[s]) for (s, e), m in windows(np.where(f == 0, 0, -1), lag).items() if v[s] < result.edges[b + 1])
+            total += sum(m * (v[e] - v[s] + t[e] - t[s])
+                         for (s, e), m in windows(np.where(f == 0, 0, -1), lag).items() if v[s] < result.edges[b + 1])
         assert abs(result.z[0, b] - total / lag) <= 1e-9
 
 
@@ -551,7 +576,8 @@ def test_wrong_input_is_refused():
 
 
 def test_no_transition_is_reported_and_never_a_number():
-    r, states = [np.array([0.5]), np.array([0, 0.2, 0.3, 0]), np.array([0.4, 0.4, 0.4])], [np.array([-1]), np.array([0, -1, -1, 0]), np.full(3, -1)]
+    r, states = [np.array([0.5]), np.array([0, 0.2, 0.3, 0]), np.array([0.4, 0.4, 0.4])], [np.array([-1]),
+        np.array([0, -1, -1, 0]), np.full(3, -1)]
     result = profile(r, states, n_bootstrap=10)
     assert result.verdict.label == 'not normalisable' and not result.verdict.passed
     assert result.t_max is result.t_sd is result.p_value is result.ratio is None
@@ -564,7 +590,8 @@ def test_no_transition_is_reported_and_never_a_number():
 def test_odd_trajectories_change_nothing_they_should_not():
     _, _, states, q = sample('dw1d', 50_000, 2)
     a = profile(q, states)
-    b = profile(q + [np.array([0.3]), np.array([1.0]), np.full(50, 0.4)], states + [np.array([-1]), np.array([1]), np.full(50, -1)], a.lags)
+    b = profile(q + [np.array([0.3]), np.array([1.0]), np.full(50, 0.4)],
+                states + [np.array([-1]), np.array([1]), np.full(50, -1)], a.lags)
     np.testing.assert_allclose(a.zq, b.zq, atol=1e-12)
     assert a.n_ab == b.n_ab
 
@@ -585,8 +612,10 @@ def test_cycle_bootstrap_gives_the_true_error():
         _, _, states, q = sample('dw1d', 100_000, 1000 + seed)
         sample.cache_clear()
         result = profile(q, states, lags, n_bins=100, n_bootstrap=60, seed=seed)
-        middle.append(result.ratio[:, 50]); claimed.append(result.zq_se[:, 50])
-        t_max.append(result.t_max); t_claimed.append(result.t_max_se)
+        middle.append(result.ratio[:, 50])
+        claimed.append(result.zq_se[:, 50])
+        t_max.append(result.t_max)
+        t_claimed.append(result.t_max_se)
     share = np.mean(claimed, 0) / np.std(middle, 0, ddof=1)
     assert ((share > 0.8) & (share < 1.35)).all(), share
     assert 0.7 < np.mean(t_claimed) / np.std(t_max) < 2
@@ -642,7 +671,8 @@ def test_white_errors_follow_the_budget():
 def test_ladder():
     _, _, states, _ = sample('dw1d', 100_000, 3)
     lags = default_lags(states)
-    assert (np.diff(np.log2(lags)) == 1).all() and 5 * mean_transition_path(states) < lags[-1] <= 10 * mean_transition_path(states)
+    assert (np.diff(np.log2(lags))
+            == 1).all() and 5 * mean_transition_path(states) < lags[-1] <= 10 * mean_transition_path(states)
     assert default_lags([np.full(100, -1)])[-1] == 32 and np.isnan(mean_transition_path([np.full(100, -1)]))
 
 
@@ -661,4 +691,5 @@ def test_pictures_and_tables():
 def test_import_is_light():
     heavy = ('torch', 'lightning', 'pandas', 'matplotlib', 'sklearn', 'mdtraj')
     code = f'import sys, foldbook.zq; print([m for m in {heavy!r} if m in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == '[]'
