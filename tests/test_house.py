@@ -51,7 +51,8 @@ def test_imports_point_to_earlier_chapters():
 
 def test_no_line_is_longer_than_120_characters():
     without_all = lambda text: re.sub(r'^__all__ = \[.*?\]$', '', text, flags=re.M | re.S)  # nbdev fills it
-    texts = {p.name: without_all(p.read_text()) for p in MODULES.values()} | {p.name: '\n'.join(code_cells(p)) for p in CHAPTERS}
+    texts = {p.name: without_all(p.read_text()) for p in MODULES.values()}
+    texts |= {p.name: '\n'.join(code_cells(p)) for p in CHAPTERS}
     wrong = [f'{name}: {line[:60]}' for name, text in texts.items() for line in text.split('\n') if len(line) > 120]
     assert not wrong
 
@@ -78,7 +79,8 @@ def test_only_the_command_line_prints():
 @pytest.mark.parametrize('module, heavy', [('foldbook', {'numpy', 'torch', 'mdtraj'}),
                                            ('foldbook.zq', {'torch', 'mdtraj', 'openmm', 'pandas', 'sklearn',
                                                             'matplotlib'}),
-                                           ('foldbook.distill', {'openmm', 'mdtraj'})])
+                                           ('foldbook.distill', {'openmm', 'mdtraj'}),
+                                           ('foldbook.transfer', {'openmm', 'mdtraj'})])
 def test_a_module_loads_no_more_than_it_needs(module, heavy):
     code = f'import sys, {module}; print(*sys.modules)'
     loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
