@@ -6,7 +6,7 @@ import torch
 
 from foldbook import cg
 from foldbook.cgsim import Langevin, RunOptions
-from foldbook.simulation import BOLTZMANN
+from foldbook.base import BOLTZMANN
 
 REPLICAS, OPTIONS = 32, RunOptions(time_step=0.002)
 

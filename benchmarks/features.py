@@ -7,7 +7,8 @@ import mdtraj as md
 import numpy as np
 
 from foldbook.data import fetch
-from foldbook.features import ca_atoms, default, heavy_distances, load_native, model_contacts, native_contacts, stream
+from foldbook.structures import ca_atoms, load_native, native_contacts
+from foldbook.features import default, heavy_distances, model_contacts, stream
 
 
 def plain_default(path, native, pairs):

@@ -13,8 +13,9 @@ import mdtraj as md
 
 from foldbook.allatom import AtomicModel, prepared, speed
 from foldbook.data import fetch
-from foldbook.simulation import native_fraction, passage_times, shipped_model, simulate
-from foldbook.structures import load_molecule, peptide
+from foldbook.go import native_fraction, passage_times, shipped_model
+from foldbook.engine import simulate
+from foldbook.molecules import load_molecule, peptide
 
 PROTOTYPE = 28
 

@@ -44,7 +44,7 @@ def line(name, n_atoms, seconds):
 
 
 def chain(n_residues, seed=0):
-    from foldbook.structures import build_chain
+    from foldbook.molecules import build_chain
     rng = np.random.default_rng(seed)
     return build_chain(''.join(rng.choice(list(LETTERS), n_residues)), rng.uniform(-2.5, -0.5, (n_residues, 2)))
 

@@ -23,8 +23,8 @@ import openmm.app as app
 import pandas as pd
 
 from .data import writing
-from .simulation import Dynamics, simulate_all
-from .structures import Molecule, load_molecule
+from .engine import Dynamics, simulate_all
+from .molecules import Molecule, load_molecule
 
 # %% ../nbs/15_allatom.ipynb #x15d
 FORCE_FIELDS = {'ff14SBonlysc': 'amber/protein.ff14SBonlysc.xml', 'ff14SB': 'amber14/protein.ff14SB.xml',

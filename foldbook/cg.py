@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from .committor import replacing
 from .distill import _digest
 from .forecast import quiet
-from .simulation import BOLTZMANN
+from .base import BOLTZMANN
 from .sources import ANGSTROM, BEADS, FORCE
 
 # %% ../nbs/50_cg_potentials.ipynb #c50b0001

@@ -30,7 +30,8 @@ from .committor import replacing
 from .data import fetch
 from .distill import _digest
 from .forecast import quiet
-from .simulation import BOLTZMANN, derived_seed, shipped_model
+from .base import BOLTZMANN, derived_seed
+from .go import shipped_model
 from .sources import ca_chain, load
 
 # %% ../nbs/51_cg_simulation.ipynb #c51b0001

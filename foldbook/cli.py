@@ -422,7 +422,7 @@ def _client(scheduler):
 def _model(pdb, system, chain, parameters):
     "The model of a structure, or a shipped one with other parameters."
     from dataclasses import replace
-    from foldbook.simulation import GoModel, shipped_model
+    from foldbook.go import GoModel, shipped_model
     if bool(pdb) == bool(system): raise ValueError('say what to simulate: either --pdb or --system')
     given = {k: v for k, v in parameters.items() if v is not None}
     return GoModel.from_pdb(pdb, chain=chain, **given) if pdb else replace(shipped_model(system), **given)
@@ -448,7 +448,7 @@ def simulate_go(pdb: _Pdb='',
                 workers: _Workers=None,
                 scheduler: _Scheduler=''):
     "Make trajectories with the structure-based C-alpha model; stopped and started again, it goes on."
-    from foldbook.simulation import ensemble
+    from foldbook.go import ensemble
     model = _model(pdb, system, chain, dict(temperature=temperature, cooperativity=cooperativity))
     files = ensemble(model, out, trajectories, frames, steps_per_frame, seed, burn_in, pack=pack,
                      client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
@@ -461,7 +461,7 @@ def simulate_go(pdb: _Pdb='',
 def _q(model, files):
     "Fraction of native contacts of each trajectory."
     import mdtraj
-    from foldbook.simulation import native_fraction
+    from foldbook.go import native_fraction
     return [native_fraction(model, mdtraj.load(str(f), top=model.native).xyz) for f in files]
 
 def _crossings(model, files):
@@ -487,7 +487,7 @@ def simulate_scan(pdb: _Pdb='',
                   seed: _Seed=1, workers: _Workers=None, scheduler: _Scheduler=''):
     "Find the folding temperature of a structure-based model."
     import numpy as np
-    from foldbook.simulation import folding_curve, folding_temperature
+    from foldbook.go import folding_curve, folding_temperature
     model = _model(pdb, system, chain, dict(cooperativity=cooperativity))
     curve = folding_curve(model, out, np.linspace(low, high, n), frames, steps_per_frame, seed,
                           client=_client(scheduler), n_workers=workers, progress=sys.stderr.isatty())
@@ -498,7 +498,7 @@ def simulate_scan(pdb: _Pdb='',
 # %% ../nbs/61_command_line.ipynb #c61a0004
 def _molecule(pdb, sequence, system, chain=None, ph=7.0, caps=False, phi_psi='extended'):
     "A complete molecule from a file, a PDB id, a sequence or a shipped data set; says what was changed."
-    from foldbook.structures import peptide, prepare, report
+    from foldbook.molecules import peptide, prepare, report
     if sum(map(bool, (pdb, sequence, system))) != 1:
         raise ValueError('say what to simulate: one of --pdb, --sequence and --system')
     if system: return _shipped_molecule(system)
@@ -509,7 +509,7 @@ def _molecule(pdb, sequence, system, chain=None, ph=7.0, caps=False, phi_psi='ex
 def _shipped_molecule(system):
     from dataclasses import replace
     from foldbook.data import fetch, names
-    from foldbook.structures import load_molecule
+    from foldbook.molecules import load_molecule
     known = {n.removesuffix('_implicit'): n for n in names('shipped') if '_implicit' in n}
     if system not in known: raise ValueError(f'--system {system}: there are {", ".join(known)}')
     return replace(load_molecule(fetch(known[system], progress=False).directory/'native.pdb'),
@@ -635,7 +635,7 @@ def simulate_smd(pdb: _Pdb='',
     "Pull the last C-alpha away from the first at constant speed."
     from dataclasses import replace
     from foldbook.steered import pulls, smd
-    from foldbook.structures import peptide, prepare
+    from foldbook.molecules import peptide, prepare
     if full: residues, cutoff = 100, 1.6
     molecule = prepare(pdb) if pdb else replace(peptide('A'*residues, 'helix', caps=False), name=f'ala{residues}')
     _say_platform(molecule, solvent, platform)
@@ -665,7 +665,7 @@ def simulate_benchmark(pdb: Annotated[Optional[list[str]], typer.Option(help='St
 
 def _benchmark_molecules(pdb, full):
     from dataclasses import replace
-    from foldbook.structures import peptide, prepare
+    from foldbook.molecules import peptide, prepare
     alanines = [replace(peptide('A'*n, 'helix', caps=False), name=f'ala{n} helix') for n in ((10, 100) if full else ())]
     return [replace(peptide('A'), name='ala2'), *alanines, _shipped_molecule('cln025'), *map(prepare, pdb)]
 
@@ -691,7 +691,7 @@ def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simu
           scheduler: _Scheduler=''):
     "Estimate the committor of chosen frames by fresh simulations; stopped and started again, it goes on."
     import numpy as np
-    from foldbook.simulation import choose_frames, committor_estimate, shoot
+    from foldbook.shooting import choose_frames, committor_estimate, shoot
     home, model, files = _ensemble_of(data)
     q = _q(model, files)
     chosen = choose_frames(q, _test_trajectories(q, trajectory), frames, unfolded, folded, seed)
@@ -710,7 +710,7 @@ def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simu
 # %% ../nbs/61_command_line.ipynb #249d7b1e
 def _ensemble_of(data):
     "Directory, model and trajectories of a simulated or shipped data set."
-    from foldbook.simulation import GoModel, shipped_model
+    from foldbook.go import GoModel, shipped_model
     home = Path(data)
     if not home.is_dir():
         from foldbook.data import fetch

@@ -22,8 +22,10 @@ from scipy.special import expit, logsumexp
 from torch import nn
 
 from .committor import replacing
-from .features import Features, find_atoms
-from .simulation import BOLTZMANN, FRICTION, TIME_STEP
+from .features import Features
+from .structures import find_atoms
+from .base import BOLTZMANN
+from .go import FRICTION, TIME_STEP
 
 # %% ../nbs/48_export.ipynb #625f14d9
 SMOOTH = 'Q_soft + end_to_end + contacts + contact_distances' # for `features.named`: what an exported student may read

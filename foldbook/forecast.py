@@ -36,8 +36,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 
 from .data import load_topology, stream_frames, writing
-from .features import ca_atoms
-from .simulation import workers
+from .structures import ca_atoms
+from .workers import Workers
 
 # %% ../nbs/20_lstm_baseline.ipynb #x20e
 ATOMS = ('ca', 'carbon', 'heavy', 'all')
@@ -930,7 +930,7 @@ def _judge(series, lead, model, options, settings, out):
 def _all(series, jobs, client, n_workers, progress):
     bar = tqdm(total=len(jobs), desc='forecasts', unit='model', disable=not progress)
     if n_workers == 1 and client is None: return [(_judge(series, **j), bar.update())[0] for j in jobs]
-    with workers(client, n_workers) as c, bar:
+    with Workers(client, n_workers) as c, bar:
         from distributed import as_completed
         data = c.scatter([series])[0]
         futures = [c.submit(_judge, data, pure=False, **j) for j in jobs]

@@ -23,7 +23,8 @@ from scipy.sparse.csgraph import shortest_path
 from .data import writing
 from .propagator import Motion, Propagator, alphas, to_positions
 from .rollouts import Judge, circular_autocorrelation, controls, scalar_distance
-from .simulation import _Bar, _write_xtc, derived_seed
+from .engine import FrameBar, write_xtc
+from .base import derived_seed
 from .tree import Tree, closures
 
 # %% ../nbs/33_propagation.ipynb #a33a
@@ -125,7 +126,7 @@ def run(
     lag_ps, pieces = lag*propagator.step, _Pieces(directory, name,
                                                   dict(n_frames=n_frames, lag=lag, seed=seed, tries=tries, piece=piece,
                                                        bounds=bounds is not None, start=_digest(start)))
-    with _Bar(name, n_frames, pieces.done, lag_ps*len(start), progress) as bar:
+    with FrameBar(name, n_frames, pieces.done, lag_ps*len(start), progress) as bar:
         x = pieces.last if pieces.done else start
         for first in range(pieces.done, n_frames, piece):
             g, frames, counts = torch.Generator().manual_seed(derived_seed(seed, first)), [], np.zeros(3, int)
@@ -182,7 +183,7 @@ class _Pieces: # of a run, in memory or in a directory
             for i, x in zip(range(0, len(made.motion.series[k]), 500), made.motion.series[k].split(500)))
         for k in range(len(made.motion.series)):
             with writing(self.directory/f'{self.name}-{k}.xtc') as tmp:
-                _write_xtc(tmp, None, frames(k), made.lag_ps, '')
+                write_xtc(tmp, None, frames(k), made.lag_ps, '')
         with writing(self.directory/f'{self.name}.pdb') as tmp:
             made.motion.tree.trajectory(made.motion.tree.positions).save_pdb(str(tmp))
         with writing(self.directory/f'{self.name}.json') as tmp:

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from .committor import as_ensemble, check_states, log_loss, outcomes, previous_outcomes
 from .distill import Windows, doublings
-from .features import ca_atoms, find_atoms
+from .structures import ca_atoms, find_atoms
 from .zq import cut_profiles
 
 # %% ../nbs/46_relevance.ipynb #68215db6

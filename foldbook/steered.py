@@ -16,8 +16,8 @@ import numpy as np
 import openmm as mm
 
 from .allatom import AtomicModel, prepared, run_atomic
-from .simulation import BOLTZMANN
-from .structures import Molecule
+from .base import BOLTZMANN
+from .molecules import Molecule
 
 # %% ../nbs/16_steered.ipynb #x16d
 PICONEWTON = 1.66053906717 # pN in one kJ/mol/nm

@@ -35,7 +35,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from .data import fetch
-from .structures import ALIASES, _mirrored
+from .structures import ALIASES, mirrored
 
 # %% ../nbs/30_tree.ipynb #0f918005
 class Row(NamedTuple):
@@ -280,7 +280,7 @@ def read_residues(source, parents: dict|None = None): # names of residues -> tem
     x = np.array([r.xyz for r in rows], float)
     residues = [_as_residue(g, table) for g in _residue_rows(rows)]
     for r in residues:
-        r.mirrored = r.kind not in (None, 'GLY') and bool(_mirrored({n: x[i] for n, i in r.atoms.items()}))
+        r.mirrored = r.kind not in (None, 'GLY') and bool(mirrored({n: x[i] for n, i in r.atoms.items()}))
     return residues, x, name
 
 # %% ../nbs/30_tree.ipynb #17576421

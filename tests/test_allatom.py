@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import foldbook.allatom as fa
 from foldbook.allatom import AtomicModel
-from foldbook.structures import load_molecule, peptide
+from foldbook.molecules import load_molecule, peptide
 
 FAST = dict(force_field='ff14SB', solvent='obc2', temperature=300.0)
 

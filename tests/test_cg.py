@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, pad
 
 import foldbook.cg as cg
 from foldbook.cg import ForceData, MatchOptions, Potential, Prior, SchNet
-from foldbook.simulation import BOLTZMANN
+from foldbook.base import BOLTZMANN
 from foldbook.sources import FORCE
 
 TABLE = cg.TABLES['protein-thermodynamics']

@@ -18,7 +18,7 @@ import torch
 import foldbook.cg as cg
 import foldbook.cgsim as cgsim
 from foldbook.cgsim import Langevin, Noise, Run, RunOptions, run_beads
-from foldbook.simulation import BOLTZMANN
+from foldbook.base import BOLTZMANN
 from foldbook.sources import ca_chain
 from test_cg import NAMES, TABLE, full_prior, zigzag
 

@@ -204,13 +204,13 @@ def test_soft_and_hard_heavy_contacts(shaken, native):
 
 
 def test_contacts_are_those_of_the_simulation_chapter(native):
-    from foldbook.simulation import native_contacts
+    from foldbook.structures import native_contacts
     np.testing.assert_array_equal(ft.native_contacts(native), native_contacts(native))
 
 
 def test_q_is_that_of_the_model():
     from foldbook.data import fetch
-    from foldbook.simulation import native_fraction, shipped_model
+    from foldbook.go import native_fraction, shipped_model
     villin, model = fetch('villin_go', progress=False), shipped_model('villin_go')
     t = md.load(str(villin.trajectories[0]), top=model.native, stride=5)
     wanted = native_fraction(model, t.xyz)

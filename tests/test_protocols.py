@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from foldbook import allatom, data, simulation, steered
-from foldbook.structures import build_chain, load_molecule, peptide
+from foldbook.molecules import build_chain, load_molecule, peptide
 
 FOLDBOOK = Path(sys.executable).parent/'foldbook'
 SHORT = {'go': '--pdb helix.pdb --trajectories 1 --frames 900 --steps-per-frame 60 --burn-in 0',

@@ -12,7 +12,7 @@ from foldbook.data import shipped_directory
 from foldbook.published import (PAPER, Drift, Motion, Options, Published, as_motion, delta_rmsd, fill_up,
     load_published, log_loss, noise_calibration, rmsd_profile, rollout, score_controls, sentences,
                                 single_chains, step_errors, train)
-from foldbook.structures import build_chain
+from foldbook.molecules import build_chain
 from foldbook.tree import add_positions, euler_angles, euler_axes, from_paper_tokens, read_tree, reconstruction_error, to_cartesian, to_internal
 
 SMALL = dict(hidden=16, feedforward=16, heads=2, layers=1)

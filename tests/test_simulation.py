@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import foldbook.simulation as fs
-from foldbook.simulation import GoModel
+from foldbook.go import GoModel
 
 HELIX, TURN, STRAND = (-57, -47), (60, 40), (-120, 130)
 

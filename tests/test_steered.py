@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import foldbook.steered as fs
-from foldbook.simulation import BOLTZMANN
-from foldbook.structures import peptide
+from foldbook.base import BOLTZMANN
+from foldbook.molecules import peptide
 
 matplotlib.use('Agg')
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from openmm import app, unit
 
 import foldbook.structures as fs
-from foldbook.structures import Molecule, build_chain, charge, load_molecule, peptide, plot_molecule, prepare, report
+from foldbook.molecules import Molecule, build_chain, charge, load_molecule, peptide, plot_molecule, prepare, report
 
 THREE = dict(zip('ACDEFGHIKLMNPQRSTVWY', 'ALA CYS ASP GLU PHE GLY HIS ILE LYS LEU MET ASN PRO GLN ARG SER THR VAL TRP '
                                          'TYR'.split()))

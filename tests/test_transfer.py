@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from foldbook.committor import clamp
-from foldbook.simulation import shipped_model
+from foldbook.go import shipped_model
 from foldbook.systems import MarkovSystem, metropolis
 from foldbook.transfer import MOLECULE, RESIDUE, ResidueNetwork, ResidueOptions, ResidueStudent, ResidueTokens, TokenWindows, committor_of, neighbours
 

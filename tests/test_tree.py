@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 import foldbook.tree as ft
 from foldbook.data import shipped_directory
-from foldbook.structures import build_chain
+from foldbook.molecules import build_chain
 from foldbook.tree import (ANGLES, add_positions, closures, compose, decode, encode, euler_angles, euler_axes,
     fit_torsions, from_paper_tokens, layout, leverage, local_transform, normalised, origin_spread,
                            paper_mask, paper_tokens, position_angles, read_tree, reconstruction_error, scan, template,
