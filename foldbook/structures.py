@@ -223,10 +223,11 @@ def _cif_without(text, gone): # mmCIF text of the first model
 # %% ../nbs/11b_structures.ipynb #d4bec65a
 PACKED = {'.gz': gzip.open, '.xz': lzma.open, '.bz2': bz2.open}
 
-def read_structure(source: str|Path|md.Trajectory # PDB or mmCIF file, packed or not; a PDB id; or a frame
+def read_structure(source: str|Path|md.Trajectory|Structure # PDB or mmCIF file, packed or not; a PDB id; or a frame
                    ) -> Structure:
     """The first model of a structure. Raises `FileNotFoundError`, or `ValueError` for a file that is neither PDB nor
     mmCIF or has no atoms."""
+    if isinstance(source, Structure): return source
     if isinstance(source, md.Trajectory):
         return Structure('trajectory', list(_trajectory_rows(source)), len(source), '', source[0])
     if len(str(source)) == 4 and not Path(source).exists(): source = fetch(f'pdb:{source}', progress=False).topology
