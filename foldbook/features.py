@@ -9,7 +9,7 @@ __all__ = ['FEATURIZERS', 'DEFAULT', 'Features', 'Featurizer', 'dihedrals', 'pse
            'heavy_distances', 'contacts', 'heavy_contacts', 'fraction_native', 'fraction_ca', 'soft_fraction_native',
            'rmsd', 'radius_of_gyration', 'end_to_end', 'aligned_coordinates', 'surface_area', 'secondary_structure',
            'model_contacts', 'named', 'default', 'fitting_topology', 'stream', 'plot_series', 'plot_contact_order',
-           'plot_plane']
+           'plane_free_energy', 'plot_plane']
 
 # %% ../nbs/13_features.ipynb #d756a18b
 import json
@@ -663,6 +663,15 @@ def plot_contact_order(
     return ax
 
 # %% ../nbs/13_features.ipynb #326bde1e
+def plane_free_energy(
+    x: np.ndarray, y: np.ndarray, # (T,)
+    edges: tuple, # of the bins along each
+) -> np.ndarray: # (n, m) kT, nan where no frame is
+    "Free energy -ln(histogram) in the plane of two quantities, lowest bin zero."
+    h = np.histogram2d(x, y, edges)[0]
+    with np.errstate(divide='ignore'): f = -np.log(h/h.max())
+    return np.where(np.isfinite(f), f, np.nan)
+
 def plot_plane(
     x: np.ndarray, # (T, F), all trajectories together
     features: Features,
@@ -676,9 +685,7 @@ def plot_plane(
     i, j = features.select(names)
     edges = [np.linspace(0, 1, n_bins + 1) if not features.units[k] else np.histogram_bin_edges(x[:, k], n_bins)
              for k in (i, j)]
-    h, ex, ey = np.histogram2d(x[:, i], x[:, j], edges)
-    with np.errstate(divide='ignore'): f = -np.log(h/h.max())
-    mesh = ax.pcolormesh(ex, ey, np.where(np.isfinite(f), f, np.nan).T, cmap='viridis')
+    mesh = ax.pcolormesh(*edges, plane_free_energy(x[:, i], x[:, j], edges).T, cmap='viridis')
     ax.figure.colorbar(mesh, label='free energy (kT)')
     label = lambda k: f'{features.names[k]} ({features.units[k]})' if features.units[k] else features.names[k]
     ax.set(xlabel=label(i), ylabel=label(j))
