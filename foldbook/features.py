@@ -17,7 +17,6 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -31,6 +30,7 @@ from .base import check_choice, read_json
 from .data import DamagedFile, atoms_in_file, load_topology, read_frames
 from .structures import (TOLERANCE, apart, atom_labels, ca_atoms, ca_contacts, chain_numbers, contact_fraction,
     has_side_chains, heavy_atoms, load_native, match_atoms, native_contacts, protein_atoms, residue_labels, touching)
+from .workers import map_jobs
 
 # %% ../nbs/13_features.ipynb #be003cfd
 @dataclass(frozen=True)
@@ -608,7 +608,7 @@ def stream(
     stride: int = 1, # keep every so many-th frame
     periodic: bool = False, # make molecules whole across the periodic box first
     damaged: str = 'raise', # or 'skip': leave out damaged frames, warn and count them
-    client=None, # `dask.distributed.Client`: one task a file
+    client=None, # `distributed.Client`: one task a file; default this process
     progress: bool = True,
 ) -> tuple: # list of float32 (T, F), Features
     "Features of trajectory files; raises `ValueError` naming file, frame and atom of the first damage."
@@ -616,9 +616,11 @@ def stream(
     if stride < 1 or chunk < 1: raise ValueError(f'stride {stride} and chunk {chunk} must be at least 1')
     files = [files] if isinstance(files, (str, Path)) else list(files)
     if not files: raise ValueError('no trajectory file was given')
-    task = partial(_featurize, topology=load_topology(topology), featurizer=featurizer, chunk=chunk, stride=stride,
+    options = dict(topology=load_topology(topology), featurizer=featurizer, chunk=chunk, stride=stride,
                    periodic=periodic, damaged=damaged, progress=progress and client is None)
-    arrays, skipped = zip(*(client.gather(client.map(task, files, pure=False)) if client else map(task, files)))
+    jobs = [dict(path=f, **options) for f in files]
+    made = map_jobs(_featurize, jobs, client, 1, 'features', 'file', progress and client is not None)
+    arrays, skipped = zip(*made)
     return list(arrays), replace(featurizer.features, skipped=skipped)
 
 # %% ../nbs/13_features.ipynb #f2ea4e72
