@@ -1,4 +1,4 @@
-"Frames a second of features streamed in chunks and checked, against the same numbers from mdtraj with the whole file in memory."
+"Frames a second: features streamed in chunks and checked, against mdtraj with the whole file in memory."
 import tempfile
 import time
 from pathlib import Path

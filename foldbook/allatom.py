@@ -1,4 +1,4 @@
-"""Molecules in implicit solvent: force fields, platforms and protocols; every run can be killed, goes on, and says how it was made.
+"""Molecules in implicit solvent: force fields, platforms and protocols; every run can be resumed.
 
 Docs: https://foldbook.github.io/foldbook/allatom.html.md"""
 

@@ -396,8 +396,8 @@ def surface_area(
     # coincide
     def one(x):
         if same := cKDTree(x).query_pairs(2e-5):
-            raise ValueError(f'surface_area: atoms {" and ".join(atom_labels(protein, next(iter(same))))} are at the same '
-                             f'place; mend the structure or leave out SASA')
+            two = ' and '.join(atom_labels(protein, next(iter(same))))
+            raise ValueError(f'surface_area: atoms {two} are at the same place; mend the structure or leave out SASA')
         return md.shrake_rupley(md.Trajectory(x, protein)).sum()
     compute = lambda t: [one(x) for x in t.xyz[:, atoms]]
     return Featurizer(Features(('SASA',), ('nm^2',), (atom_labels(native.topology, atoms),)), compute, native.topology,
@@ -443,7 +443,8 @@ def _alone(make): return lambda native, pairs: make(native)
 
 def _native_distances(make): return lambda native, pairs: make(native, _pair_list(native, pairs))
 
-def _soft_fraction(native, pairs): return soft_fraction_native(native, pairs if not has_side_chains(native.topology) else None)
+def _soft_fraction(native, pairs):
+    return soft_fraction_native(native, None if has_side_chains(native.topology) else pairs)
 
 FEATURIZERS = {
     'Q': fraction_native, 'ca_fraction': _alone(fraction_ca), 'Q_soft': _soft_fraction, 'contacts': contacts,
@@ -506,8 +507,8 @@ def fitting_topology(
                       f'{topology.n_atoms}: water, ions and ligands of the topology are ignored', stacklevel=2)
         return topology.subset(protein)
     raise ValueError(f'{path}: frame 0 has {n} atoms, the topology {topology.n_atoms} (its protein {len(protein)}; '
-                     f'the last atom is {atom_labels(topology, [-1])[0]}): give the structure file that belongs to this '
-                     f'trajectory')
+                     f'the last atom is {atom_labels(topology, [-1])[0]}): give the structure file that belongs to '
+                     f'this trajectory')
 
 # %% ../nbs/13_features.ipynb #9e426819
 # (n, 2) atoms that must be close: C-alphas in sequence, or the bonds of a molecule too small for that

@@ -119,7 +119,8 @@ class GoModel(Dynamics):
         d = read_json(path)
         try: return cls(**d | dict(xyz=np.array(d['xyz']), contacts=np.array(d['contacts']),
                                    dihedral_constants=tuple(d['dihedral_constants'])))
-        except (KeyError, TypeError) as e: raise ValueError(f'{path}: not a model written by GoModel.save ({e})') from e
+        except (KeyError, TypeError) as e:
+            raise ValueError(f'{path}: not a model written by GoModel.save ({e})') from e
 
     def save(self, path: str|Path) -> Path:
         "Write the model as json."
@@ -225,7 +226,8 @@ def ensemble(model: GoModel,
     model.native.save_pdb(str(directory/'native.pdb'))
     outs = [directory/f'{model.name}-{k}.xtc' for k in range(n_trajectories)]
     jobs = [dict(out=out, n_frames=n_frames, steps_per_frame=steps_per_frame, seed=seed, trajectory=k,
-                 temperature=temperature, start='extended' if k % 2 else 'native', burn_in=burn_in) for k, out in enumerate(outs)]
+                 temperature=temperature, start='extended' if k % 2 else 'native', burn_in=burn_in)
+            for k, out in enumerate(outs)]
     simulate_all(model, jobs, client, n_workers, progress)
     if not pack: return outs
     packed = [pack_trajectory(out, directory/'native.pdb', out.with_suffix('.npy.xz')) for out in outs]

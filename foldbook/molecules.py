@@ -1,4 +1,4 @@
-"""From a name to a molecule that can be simulated: a sequence, a file or a PDB entry becomes whole atoms with hydrogens, and every change on the way is said.
+"""A sequence, a file or a PDB entry becomes a molecule that can be simulated, and every change on the way is said.
 
 Docs: https://foldbook.github.io/foldbook/molecules.html.md"""
 
@@ -61,11 +61,11 @@ def build_chain(sequence: str,             # one-letter codes
     angles = _angles(sequence, phi_psi)
     if caps: sequence, angles = f'G{sequence}G', np.vstack([(180, 180), angles, (180, 180)])
     chain = None
-    for letter, (phi, psi), (_, psi_before) in zip(sequence, angles, np.roll(angles, 1, axis=0)):
+    for letter, (phi, _), (_, psi_before) in zip(sequence, angles, np.roll(angles, 1, axis=0)):
         g = Geometry.geometry(letter)
         g.phi, g.psi_im1, g.omega = phi, psi_before, 180
         chain = initialize_res(g) if chain is None else add_residue(chain, g)
-    last = list(chain.get_residues())[-1]
+    last, psi = list(chain.get_residues())[-1], angles[-1][1]
     last['O'].set_coord(calculateCoordinates(last['N'], last['CA'], last['C'], g.C_O_length, g.CA_C_O_angle, psi + 180))
     return _as_trajectory((chain if caps else add_terminal_OXT(chain)).get_residues(), caps)
 

@@ -1,4 +1,4 @@
-"""Steered dynamics: a helix is pulled apart at constant speed, force and work are recorded, and the work average of Jarzynski is put to the test.
+"""A helix is pulled apart at constant speed, its work is recorded, and Jarzynski's average is put to the test.
 
 Docs: https://foldbook.github.io/foldbook/steered.html.md"""
 

@@ -82,8 +82,9 @@ def _cif_rows(text):
                column('pdbx_PDB_ins_code'), column('auth_comp_id', 'label_comp_id'),
                column('auth_atom_id', 'label_atom_id'), column('label_alt_id'), column('occupancy'),
                column('type_symbol'), *map(column, ('Cartn_x', 'Cartn_y', 'Cartn_z')))
-    for model, label, chain, number, code, residue, atom, letter, occupancy, element, *x in zip(models, labels, *columns):
+    for model, label, *row in zip(models, labels, *columns):
         if model != models[0]: break
+        chain, number, code, residue, atom, letter, occupancy, element, *x = row
         yield AtomRecord(place[label], known(chain), number + known(code), residue, atom, known(letter),
                          float(known(occupancy, 1)), element, tuple(float(v)/10 for v in x))
 

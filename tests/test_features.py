@@ -278,7 +278,8 @@ def test_damaged_frames_are_counted(folder, native, shaken):
                                  progress=False)
     assert described.skipped == (3, 0) and ft.Features.from_json(described.to_json()) == described
     np.testing.assert_allclose(x[0], f(shaken)[np.setdiff1d(np.arange(150), (7, 20, 60))], atol=1e-5)
-    with pytest.raises(ValueError, match='choose one of raise, skip'): ft.stream([folder/'three.nc'], native, f, damaged='ignore')
+    with pytest.raises(ValueError, match='choose one of raise, skip'):
+        ft.stream([folder/'three.nc'], native, f, damaged='ignore')
 
 
 @given(st.integers(1, 30), st.integers(1, 60))

@@ -262,7 +262,8 @@ def test_figures_are_drawn():
     assert len(fs.plot_q(q, 6.0)) == 2
     assert fs.plot_free_energy(q).get_xlabel() == 'Q'
     ax = fs.plot_contacts(shipped := fs.shipped_model(), shipped.xyz[None])
-    assert (ax.get_xlabel(), len(ax.collections[0].get_offsets())) == ('residue', 75) and (ax.collections[1].get_array() == 1).all()
+    assert (ax.get_xlabel(), len(ax.collections[0].get_offsets())) == ('residue', 75)
+    assert (ax.collections[1].get_array() == 1).all()
     import pandas as pd
     T = np.repeat([120., 130, 140, 150], 2)
     ax = fs.plot_folding_curve(pd.DataFrame(dict(T=T, start=['native', 'extended']*4, folded=fs.two_states(T, 136, 60),

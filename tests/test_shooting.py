@@ -171,11 +171,13 @@ def test_shoot_ensemble_chooses_shoots_and_writes(model, tmp_path):
     got = fs.shoot_ensemble(model, xyz, [1], tmp_path/'shots.npz', n=3, n_shots=2, seed=5, n_workers=1,
                             steps_per_frame=20, max_frames=3, progress=False)
     with np.load(tmp_path/'shots.npz') as z: assert all((z[k] == v).all() for k, v in got.items())
-    assert set(got['trajectory']) == {1} and got['outcomes'].shape == (3, 2) and got['steps_per_frame'] == 20 and 'batches' not in got
+    assert set(got['trajectory']) == {1} and got['outcomes'].shape == (3, 2)
+    assert got['steps_per_frame'] == 20 and 'batches' not in got
     assert [p.name for p in tmp_path.iterdir()] == ['shots.npz']
     more = fs.shoot_ensemble(model, xyz, [1], tmp_path/'more.npz', n=3, n_shots=2, seed=5, target_error=0.2,
                              max_shots=9, n_workers=1, steps_per_frame=20, max_frames=3, progress=False)
-    assert (more['batches'].sum(1) == (more['outcomes'] > -2).sum(1)).all() and more['outcomes'].shape == (3, 9) and more['target_error'] == 0.2
+    assert (more['batches'].sum(1) == (more['outcomes'] > -2).sum(1)).all()
+    assert more['outcomes'].shape == (3, 9) and more['target_error'] == 0.2
     assert (more['outcomes'][:, :2] == got['outcomes']).all()
 
 

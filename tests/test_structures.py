@@ -136,7 +136,7 @@ def test_insertion_codes_are_residues_of_their_own(hth, tmp_path):
 @given(st.lists(st.tuples(st.sampled_from(['N', 'CA', 'C', 'CB', 'OG']), st.sampled_from(['', 'A', 'B', 'C']),
                           st.sampled_from([0.2, 0.5, 1.0])), min_size=1, max_size=12))
 def test_one_conformer_is_never_mixed(rows):
-    "Of the atoms kept none stands twice, all letters are one letter, and an atom without a letter stays unless doubled."
+    "No atom is kept twice, all letters kept are one letter, and an atom without a letter stays unless doubled."
     rows = [AtomRecord(0, 'A', '1', 'SER', a, letter, o, a[0], (0.0, 0.0, 0.0))
             for (a, letter), o in {(a, letter): o for a, letter, o in rows}.items()]
     kept, letter, others = one_conformer(rows)
