@@ -321,15 +321,18 @@ def plot_free_energy(q: list, ax=None):
     return ax
 
 # %% ../nbs/12a_go.ipynb #90ae15b2
-def folding_temperature(temperatures, # (n,) K, each as often as there are runs at it
-                        folded        # (n,) folded fraction of each run
+def folding_temperature(temperatures: np.ndarray, # (n,) K, each as often as there are runs at it
+                        folded: np.ndarray        # (n,) folded fraction of each run
                         ) -> tuple:   # T_f, its standard error: K
-    "Where the two-state law through the folded fractions is one half. Raises if they never cross it."
+    "Where the two-state law through the folded fractions is one half. Raises `ValueError` if they never cross it."
     (T_f, _), error = _fit_two_states(temperatures, folded)
     return T_f, error
 
 # %% ../nbs/12a_go.ipynb #78108204
-def two_states(T, T_f, H): # K, K, kJ/mol
+def two_states(T: float|np.ndarray, # K
+               T_f: float,          # K
+               H: float             # kJ/mol
+               ) -> float|np.ndarray:
     "Folded fraction of a two-state chain with enthalpy `H` of unfolding."
     from scipy.special import expit
     return expit(H/BOLTZMANN*(1/T - 1/T_f))
