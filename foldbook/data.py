@@ -107,7 +107,7 @@ def _register() -> dict: # name -> DataSet, in the order of the file
     return {name: _entry(name, table['common'].get(fields.pop('common', ''), {}) | fields)
             for name, fields in table['sets'].items()}
 
-# %% ../nbs/11_data.ipynb #c2987d19
+# %% ../nbs/11_data.ipynb #ddc6e719
 def register(entry: DataSet) -> DataSet:
     "Add a data set for this session. Raises `ValueError` on a name already taken."
     if entry.name in _register(): raise ValueError(f'a data set named {entry.name!r} is registered already')
@@ -283,7 +283,8 @@ def _room(name, directory): # a full disk in one sentence
     except OSError as e:
         if e.errno not in _FULL: raise
         raise OSError(e.errno, f'data set {name!r}: no space left in {directory} ({os.strerror(e.errno)}); free some '
-                               f'there, or set FOLDBOOK_CACHE to a directory on a larger disk, and call this again') from e
+                               f'there, or set FOLDBOOK_CACHE to a directory on a larger disk, and call this '
+                               f'again') from e
 
 def _why(e): # an error of the network in a few words
     if getattr(e, 'response', None) is not None: return f'{e.response.status_code} {e.response.reason}'
