@@ -1,4 +1,4 @@
-"""The one training loop of the book: best weights kept, resumed after a kill with equal numbers, stopped at a loss that is not a number
+"""The one training loop of the book: best weights kept, resumed after a kill with equal numbers
 
 Docs: https://foldbook.github.io/foldbook/training.html.md"""
 
