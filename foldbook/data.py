@@ -107,7 +107,7 @@ def _register() -> dict: # name -> DataSet, in the order of the file
     return {name: _entry(name, table['common'].get(fields.pop('common', ''), {}) | fields)
             for name, fields in table['sets'].items()}
 
-# %% ../nbs/11_data.ipynb #ddc6e719
+# %% ../nbs/11_data.ipynb #ce01e030
 def register(entry: DataSet) -> DataSet:
     "Add a data set for this session. Raises `ValueError` on a name already taken."
     if entry.name in _register(): raise ValueError(f'a data set named {entry.name!r} is registered already')
@@ -232,7 +232,7 @@ class _Resuming:
             try: _append(self.partial, answer, start, total, self.progress)
             except urllib3.exceptions.HTTPError as e: raise OSError(f'the connection broke: {e}') from e
         if total not in (None, size := self.partial.stat().st_size): raise OSError(f'{size} of {total} bytes arrived')
-        os.replace(self.partial, output_file)
+        self.partial.replace(output_file)
         self.tag.unlink()
 
     def _again(self, url, output_file):
@@ -347,7 +347,7 @@ def _unpack_archive(path):
     try:
         if tarfile.is_tarfile(path): tarfile.open(path).extractall(tmp, filter='data')
         else: shutil.unpack_archive(path, tmp)
-        os.replace(tmp, out)
+        tmp.replace(out)
     except (tarfile.TarError, shutil.ReadError, EOFError, gzip.BadGzipFile) as e:
         raise ValueError(f'{path} is not a whole archive ({e}); delete it and fetch again') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
