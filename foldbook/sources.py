@@ -156,8 +156,9 @@ def _read_mdcath(d: DataSet,
 def _run(path, arrays, run, top, spacing): # run: domain, temperature, replica
     a = {k: arrays['/'.join((*run, k))] for k in ('coords', 'forces', 'box')}
     xyz = _checked(path, OnDisk(a['coords'].part, a['coords'].shape, ANGSTROM))
+    _fits(path, top, xyz.shape[1])
     forces = _checked(path, OnDisk(a['forces'].part, a['forces'].shape, FORCE), xyz.shape)
-    return Frames(xyz, forces, _fits(path, top, xyz.shape[1]), spacing, float(run[1]), int(run[2]), a['box'].part(()))
+    return Frames(xyz, forces, top, spacing, float(run[1]), int(run[2]), a['box'].part(()))
 
 # %% ../nbs/17_sources.ipynb #dcfb415a
 def _read_npz_series(d: DataSet) -> Ensemble:
