@@ -243,7 +243,7 @@ def even_spacing(
             i = int(odd.argmax())
             raise ValueError(f'{name}: frame {i + 1} comes {t[i + 1] - t[i]:g} ps after the frame before it, most '
                              f'come {step:g} ps after; trajectories of one even spacing are needed: cut the file there')
-        if step: found[name] = (t[-1] - t[0])/(len(t) - 1)
+        if step: found[name] = float(f'{(t[-1] - t[0])/(len(t) - 1):.7g}') # single precision has no more digits
     first = next(iter(found), None)
     for name, step in found.items():
         if abs(step - found[first]) > 1e-3*abs(step):
