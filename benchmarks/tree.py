@@ -249,11 +249,10 @@ def accuracy(args):
               + '  '.join(f'{k} {show(row[k])}' for k in ('default', 'fitted default', 'torsions', 'fitted torsions')),
               row['longest segment'], row.get('foldcomp, file as it is'), flush=True)
         rows.append(row)
-    import mdtraj
-    made = dict(command='python benchmarks/tree.py --accuracy data/tree.json'
-                + ' --structures DIR'*bool(args.structures) + f' --fit-steps {args.fit_steps}', units='nm',
-                torch=torch.__version__, mdtraj=mdtraj.__version__)
-    Path(args.accuracy).write_text(json.dumps(dict(made=made, structures=rows), indent=1) + '\n')
+    from foldbook.base import provenance, write_json
+    command = f'python benchmarks/tree.py --accuracy data/tree.json --fit-steps {args.fit_steps}'
+    made = dict(command=command + ' --structures DIR'*bool(args.structures), units='nm') | provenance()
+    write_json(args.accuracy, dict(made=made, structures=rows))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""An LSTM is asked where the atoms of a protein will be next. It is held to the best that any forecast can do, to straight lines fitted in a millisecond, and to a replica that it never saw
+"""An LSTM is asked where atoms will be next, and held to straight lines and to the best that any forecast can do
 
 Docs: https://foldbook.github.io/foldbook/lstm_baseline.html.md"""
 
@@ -56,7 +56,7 @@ def save_forecaster(
     model: Forecaster,
     directory, # created if absent
 ) -> None:
-    "Arrays as safetensors and everything else as json: no pickle. Raises `ValueError` for one that is not trained."
+    "Arrays as safetensors and everything else as json. Raises `ValueError` for one that is not trained."
     if model.task is None: raise ValueError(f'{type(model).__name__} has not been trained; there is nothing to save')
     arrays = {k: torch.from_numpy(np.array(v)) for k, v in model.learned.items()}
     write_tensors(Path(directory)/'forecaster.safetensors', arrays)

@@ -1,4 +1,4 @@
-"""What a sample says about a distribution: its free energy with an error, how far it is from another one, and where an angle lies on its circle
+"""What a sample says about a distribution: its free energy, its distance from another one, angles on their circle
 
 Docs: https://foldbook.github.io/foldbook/histograms.html.md"""
 

@@ -1,4 +1,4 @@
-"""A trajectory made by a propagator can be wrong in five ways that one number does not show: it does not move, it moves without memory, it collapses, it drifts away, or it replays what it was shown. Each has a measure here, and each measure a control that fails it.
+"""What is wrong with a made trajectory: it stands still, forgets at once, collapses, drifts away, or replays
 
 Docs: https://foldbook.github.io/foldbook/rollouts.html.md"""
 
