@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .base import (claim, digest, read_arrays, read_json, read_tensors, write_arrays, write_json, write_tensors,
                            writing)
 from .lines import Arima, Drift, Forecaster, Linear, Mean, Shrink, Static
-from .networks import LINEAR, Network
+from .neural import LINEAR, Network
 from .windows import Windows, forecasting_problem, one_frame_optimum, rmsd
 from .workers import Workers
 

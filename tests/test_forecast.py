@@ -14,7 +14,7 @@ from foldbook import data
 from foldbook.forecast import (FORECASTERS, NETWORKS, bootstrap_errors, compare, forecaster, load_forecaster,
                                protocol_ratio, save_forecaster)
 from foldbook.lines import Arima, Autoregression, Drift, Linear, Shrink, Static, VectorAutoregression
-from foldbook.networks import Network
+from foldbook.neural import Network
 from foldbook.windows import PROCESSES, Windows, forecasting_problem, one_frame_optimum, read_positions, rmsd
 
 LEADS = (1, 5, 30)
