@@ -29,10 +29,11 @@ def free_energy(
 ) -> tuple: # F (bins,) and its standard error (bins,), kT
     """Free energy along a coordinate, the lowest bin 0, an empty one nan. Raises `ValueError` for fewer than two
     stretches, which have no error."""
+    if len(x)*blocks < 2:
+        raise ValueError('one trajectory in one block has no error; give more trajectories or blocks=2')
+    if (shortest := min(map(len, x))) < blocks:
+        raise ValueError(f'blocks={blocks}; the shortest trajectory has {shortest} frames')
     pieces = [piece for trajectory in x for piece in np.array_split(trajectory, blocks)]
-    if len(pieces) < 2: raise ValueError('one trajectory in one block has no error; give more trajectories or blocks=2')
-    if short := min(map(len, x)) < blocks:
-        raise ValueError(f'blocks={blocks}; the shortest trajectory has {min(map(len, x))} frames')
     share = np.stack([np.histogram(piece, edges)[0]/len(piece) for piece in pieces])
     mean, error = share.mean(0), share.std(0, ddof=1)/len(pieces)**0.5
     return energy_of_counts(mean), np.divide(error, mean, out=np.full(len(mean), np.nan), where=mean > 0)
