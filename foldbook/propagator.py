@@ -23,7 +23,7 @@ from sklearn.base import BaseEstimator
 from torch import nn
 
 from .base import check_choice, check_least, digest, read_json, read_tensors, write_json, write_tensors, writing
-from .motions import Chain, Motion, alphas, chain_of
+from .motions import Chain, Motion, alphas, beginnings, chain_of
 from .training import Task, TrainingOptions, quiet, train as train_network
 from .tree import ANGLES, KINDS, read_tree
 
@@ -272,8 +272,7 @@ class _Pairs: # all frames of one molecule, and which of them begin a pair at ea
     starts: dict # lag -> Start
     def __post_init__(self):
         self.chain, self.x = self.motion.code, torch.cat(self.motion.series)
-        left = torch.cat([torch.arange(len(s) - 1, -1, -1) for s in self.motion.series]) # frames to the end
-        self.first = {lag: (left >= lag).nonzero()[:, 0] for lag in self.starts}
+        self.first = {lag: beginnings(self.motion.series, lag) for lag in self.starts}
     def to(self, device):
         if self.x.device == torch.device(device): return self
         new = copy.copy(self)
@@ -312,14 +311,8 @@ class _Jumps(Task):
             torch.manual_seed(0)
             return self.measure(*m.batch(lag, torch.linspace(0, n - 1, min(2048, n)).long())), 1
 
-    def state(self):
-        device = self.loop.device
-        noise = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
-        return dict(places=self.places.get_state(), noise=noise)
-
-    def restore(self, state):
-        self.places.set_state(state['places'])
-        if state['noise'] is not None: torch.cuda.set_rng_state(state['noise'], self.loop.device)
+    def state(self): return dict(places=self.places.get_state())
+    def restore(self, state): self.places.set_state(state['places'])
 
 # %% ../nbs/31_propagator.ipynb #g31d
 class _DensityTask(_Jumps):
