@@ -328,16 +328,6 @@ def test_training_learns_repeats_and_resumes_after_a_kill(peptides, tmp_path):
         train(peptides, replace(BRIEF, seed=1), tmp_path, progress=False)
 
 
-def test_windows_do_not_cross_trajectories(peptides):
-    "Two trajectories that stand still at different places: a window across their border would be an error."
-    m = peptides['short']
-    stands = [m.series[0][k:k + 1].expand(30, -1, -1) for k in (0, 20)]
-    options = PublishedOptions(**SMALL, max_epochs=1, steps_per_epoch=20)
-    both = train({'short': replace(m, series=stands)}, options, progress=False)
-    turned = train({'short': replace(m, series=stands[::-1])}, options, progress=False)
-    assert both.history[0]['validation'] == pytest.approx(turned.history[0]['validation'], abs=0.1)
-
-
 def test_the_rate_falls_on_a_plateau(peptides):
     "Of a loss below zero, torch's default calls what is slightly worse an improvement, and the rate would stay."
     options = PublishedOptions(**SMALL, max_epochs=30, steps_per_epoch=1, learning_rate=0.3, patience=1)
