@@ -1,4 +1,4 @@
-"""A network says how a protein may have moved a few picoseconds later: not one answer but a distribution over its angles, learned by likelihood and flow matching.
+"""A network that says how a protein may have moved a few picoseconds later: a distribution over its angles
 
 Docs: https://foldbook.github.io/foldbook/propagator.html.md"""
 
@@ -106,7 +106,8 @@ class RotaryAttention(nn.Module):
         self.apart = nn.Parameter(torch.zeros(heads)) # added to the score of two tokens of different segments
         self.register_buffer('rates', 100.0**(-torch.arange(0, width//heads, 2)/(width//heads)))
 
-    def forward(self, h, chain): # (B, T, width)
+    def forward(self, h: torch.Tensor, chain: Chain) -> torch.Tensor:
+        "(B, T, width) to the same shape."
         q, k, v = self.project(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         angle, same = chain.places[:, None]*self.rates, chain.segments[:, None] == chain.segments
         near = _turned(q, angle.cos(), angle.sin()) @ _turned(k, angle.cos(), angle.sin()).mT
@@ -131,7 +132,8 @@ class Trunk(nn.Module):
         self.mix = nn.ModuleList([mixer() for _ in range(layers)])
         self.norms, self.last = nn.ModuleList([nn.LayerNorm(width) for _ in range(layers)]), nn.LayerNorm(width)
 
-    def forward(self, inputs, chain, lag): # (B, T, inputs), (B, 1) frames -> (B, T, width)
+    def forward(self, inputs: torch.Tensor, chain: Chain, lag: torch.Tensor) -> torch.Tensor:
+        "Tokens (B, T, inputs) at lags of (B, 1) frames to (B, T, width)."
         h = self.read(inputs) + self.kind(chain.kinds) + self.lag(torch.log(lag))[:, None]
         for norm, attend, mix in zip(self.norms, self.attend, self.mix):
             h = h + attend(norm(h), chain)
@@ -155,7 +157,8 @@ class Density(nn.Module):
         nn.init.normal_(self.head.bias, std=0.03) # a saddle is left by a push
         with torch.no_grad(): self.head.bias.unflatten(0, (len(ANGLES), -1))[:, :2] = 0
 
-    def forward(self, chain, start, x, lag): # (B, K) -> mean (B, K), scale (B, K), directions (B, K, r)
+    def forward(self, chain: Chain, start: Start, x: torch.Tensor, lag: torch.Tensor) -> tuple:
+        "From (B, K): mean (B, K), scale (B, K), directions (B, K, r) of the jump."
         o = self.head(self.trunk(seen(chain, start, x), chain, lag))
         o = o.unflatten(-1, (len(ANGLES), -1)).flatten(1, 2)[:, chain.used]
         return start.predict(chain, x) + start.width*o[..., 0], (2*torch.tanh(o[..., 1]/2)).exp(), o[..., 2:]
@@ -188,7 +191,8 @@ class Flow(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, chain, start, at, x, lag, s): # at, x (B, K), s (B, 1) in 0..1 -> (B, K) in white units
+    def forward(self, chain: Chain, start: Start, at, x, lag, s) -> torch.Tensor:
+        "Velocity (B, K) in white units at `at` (B, K) and time s (B, 1) of 0..1, when the structure is x (B, K)."
         waves = torch.cos(torch.pi*s*torch.arange(1, 9, device=x.device))[:, None].expand(-1, len(chain.kinds), -1)
         moved = chain.table((chain.minus(at, x)/start.width).clamp(-8, 8))
         inputs = torch.cat([seen(chain, start, at), seen(chain, start, x), moved, waves], -1)

@@ -1,4 +1,4 @@
-"""A Transformer moves the tokens of any protein one frame ahead, as published and with the faults of the paper mended: what it learns, what its score rewards, and why a mean is not a motion.
+"""A Transformer moves the tokens of any protein one frame ahead: what it learns, and why a mean is not a motion
 
 Docs: https://foldbook.github.io/foldbook/published_propagator.html.md"""
 
@@ -193,10 +193,9 @@ class _Windows(Task):
     def __init__(self, drift, motions, options):
         self.network, self.n_batches, self.n_held_out, self.options = drift, options.steps_per_epoch, 1, options
         self.known, share = sentences([m.code for m in motions]), 1 - options.validation
-        rows = self.known.mask.shape[1]
-        self.sets = [[fill_up(torch.cat(m.cut(*part).series), rows) for m in motions] for part in ((0, share), (share, 1))]
-        self.first = [[beginnings(m.cut(*part).series, options.steps_ahead) for m in motions]
-                      for part in ((0, share), (share, 1))]
+        rows, parts = self.known.mask.shape[1], [[m.cut(*part) for m in motions] for part in ((0, share), (share, 1))]
+        self.sets = [[fill_up(torch.cat(m.series), rows) for m in part] for part in parts]
+        self.first = [[beginnings(m.series, options.steps_ahead) for m in part] for part in parts]
         self.places = np.random.default_rng(options.seed)
 
     def to(self, device):

@@ -243,7 +243,8 @@ def test_saved_and_loaded(tmp_path, bombyxin, trained):
 
 
 @pytest.mark.parametrize('options, word', [(dict(lags=()), 'lags'), (dict(lags=(0,)), 'lags'), (dict(start='x'), 'own'),
-                                           (dict(width=30), 'width'), (dict(steps=0), 'steps'), (dict(heads=0), 'heads')])
+                                           (dict(width=30), 'width'), (dict(steps=0), 'steps'),
+                                           (dict(heads=0), 'heads')])
 def test_options_that_make_no_sense(options, word):
     with pytest.raises(ValueError, match=word): PropagatorOptions(**options)
 

@@ -1,4 +1,4 @@
-"The published propagator: each mend of the paper has a test that the paper's version fails, and files, seeds and errors behave."
+"The published propagator: each mend of the paper has a test that the paper's version fails; files, seeds, errors."
 import signal
 import subprocess
 import sys
