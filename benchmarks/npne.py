@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from foldbook.committor import NonparametricCommittor
+from foldbook.npne import NonparametricCommittor
 from foldbook.systems import lshape2d
 
 PEER_MS = 37., 42.

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from foldbook import baselines
-from foldbook.baselines import (BASELINES, DiffusiveCommittor, IsotonicCommittor, LogisticCommittor, MSMCommittor,
-                                SlowModeCommittor, TicaCoordinate,
-                                baseline, jsonable, slow_modes)
+from foldbook.baselines import (
+    BASELINES, LogisticCommittor, MSMCommittor, SlowModeCommittor, TicaCoordinate, baseline, slow_modes)
+from foldbook.maps import DiffusiveCommittor, IsotonicCommittor
+from foldbook.base import jsonable
 from foldbook.systems import dw1d, lshape2d
-from foldbook.zq import profile
+from foldbook.verdicts import profile
 
 # Small settings: what is tested is right or wrong by a wide margin.
 SMALL = {'logistic': LogisticCommittor, 'msm': lambda seed=0: MSMCommittor(n_cells=80, seed=seed),

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from foldbook.committor import (METHODS, NonparametricCommittor, as_ensemble, basis, boundaries, check_coordinate,
-                                check_states, check_weights, clamp,
-                                count_transitions, evaluate, held, held_out, log_loss, outcome_log_loss, outcomes,
-                                passages, plot_agreement,
-                                plot_convergence, plot_outcomes, plot_watch, previous_outcomes, rmse,
-                                squared_increments, states_from)
+from foldbook.npne import METHODS, NonparametricCommittor, held_out
+from foldbook.committor import (
+    as_ensemble, basis, boundaries, check_coordinate, check_states, check_weights, clamp, count_transitions,
+    evaluate_expression, held, outcome_log_loss, outcomes, passages, plot_agreement, plot_convergence, plot_outcomes,
+    plot_watch, previous_outcomes, squared_increments, states_from)
+from foldbook.scores import log_loss, rmse
 from foldbook.systems import dw1d, lshape2d, persist1d, solve_boundary, stationary
 
 quick = settings(deadline=None, max_examples=60)
@@ -122,7 +122,7 @@ F = [np.random.default_rng(0).uniform(0, 1, (50, 3)).astype(np.float32),
     ('-Q + 2 * RMSD / 3 - 1 < `end to end`', lambda q, r, e: -q + 2 * r / 3 - 1 < e),
     ('Q == Q', lambda q, r, e: q == q), ('(Q != RMSD) and Q > +0.1', lambda q, r, e: (q != r) & (q > .1))])
 def test_expressions(text, value):
-    for x, found in zip(F, evaluate(F, COLUMNS, text)): assert (found == value(*x.T)).all()
+    for x, found in zip(F, evaluate_expression(F, COLUMNS, text)): assert (found == value(*x.T)).all()
 
 
 @pytest.mark.parametrize('text', [
@@ -132,7 +132,7 @@ def test_expressions(text, value):
     '`Q', 'f"{Q}"', '*Q', 'Q\x00', '1 / 0 > Q', 'Q / (Q - Q) > 1', '1e400 - 1e400 > Q', '+'.join(['Q'] * 5000),
     '9' * 400 + ' > Q', '(' * 500 + 'Q' + ')' * 500])
 def test_expressions_are_refused(text):
-    with pytest.raises(ValueError): evaluate(F, COLUMNS, text)
+    with pytest.raises(ValueError): evaluate_expression(F, COLUMNS, text)
 
 
 def test_states_from_expressions():

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from foldbook.committor import clamp, outcomes
-from foldbook.distill import (ARCHITECTURES, LOSSES, TARGETS, CommittorNetwork, Student, StudentOptions, Windows,
-                              both_ends, directions, doublings, hidden_layer, interior_zq,
-                              lambda_at, lambda_return, loss_value, martingale_equations, predict, recalibration,
-                              report, selection_score, stopped, targets, variational)
+from foldbook.distill import (
+    ARCHITECTURES, LOSSES, TARGETS, CommittorNetwork, Student, StudentOptions, Windows, both_ends, directions,
+    doublings, hidden_layer, interior_zq, lambda_at, lambda_return, loss_value, predict, report, selection_score,
+    stopped, targets, variational)
+from foldbook.maps import martingale_equations, recalibration
 from foldbook.systems import SYSTEMS, dw1d, lshape2d, persist1d
 from foldbook.zq import cut_profiles
 

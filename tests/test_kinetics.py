@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from foldbook.committor import NonparametricCommittor, count_transitions
+from foldbook.npne import NonparametricCommittor
+from foldbook.committor import count_transitions
 from foldbook.kinetics import (Cuts, Curve, Estimate, bootstrap, cuts, diffusion, diffusive_committor,
                                diffusive_transitions, free_energy, natural_coordinate,
                                natural_free_energy, plot_curve, rates, units)

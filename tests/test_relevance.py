@@ -19,7 +19,7 @@ from foldbook.relevance import (Attributions, LogOdds, attention, attention_laye
                                 residue_values, transition_frames, view_structure)
 from foldbook.relevance import _error
 from foldbook.systems import lshape2d, persist1d
-from foldbook.zq import scores
+from foldbook.scores import scores
 
 FAST = dict(hidden=8, max_epochs=2, window=4, batch_size=256, components=None)
 

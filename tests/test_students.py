@@ -12,7 +12,9 @@ from foldbook.students import (Formula, candidate_terms, card, error_anatomy, ev
                                formula_gradient, hand_down,
                                pursue, white_errors)
 from foldbook.systems import dw1d, lshape2d, persist1d
-from foldbook.zq import cut_profiles, error_budget, profile
+from foldbook.zq import cut_profiles
+from foldbook.scores import error_budget
+from foldbook.verdicts import profile
 
 
 def sampled(system, n_frames=100_000, n=1, seed=0):

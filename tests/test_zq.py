@@ -1,6 +1,7 @@
 "The yardstick: sums against brute force, the law of the exact committor, bad coordinates told apart, faults."
 import json, re, subprocess, sys, warnings
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -9,12 +10,14 @@ from hypothesis import given, settings, strategies as st
 
 from foldbook.committor import clamp, count_transitions, outcomes
 from foldbook.systems import SYSTEMS
-from foldbook import zq
-from foldbook.zq import (LIMIT, Scores, TauProfile, Verdict, ZqResult, as_probability, calibration, cut_profile,
-                         cut_profiles, cycle_bootstrap, default_lags, error_budget,
-                         excursions, explain, is_short, judge, lag_windows, law, log_edges, mean_transition_path,
-                         measure_law, nominal_lengths, paired_log_loss, plot_calibration,
-                         plot_zq, profile, profile_tau, regular, scores, studentised)
+from foldbook import verdicts
+from foldbook.zq import (
+    LIMIT, TauProfile, Verdict, ZqResult, cut_profile, cut_profiles, cycle_bootstrap, default_lags, excursions,
+    is_short, lag_windows, law, log_edges, mean_transition_path, measure_law, nominal_lengths, plot_zq, profile_tau,
+    regular, studentised)
+from foldbook.scores import Scores, calibration, error_budget, paired_log_loss, plot_calibration, scores
+from foldbook.maps import as_probability
+from foldbook.verdicts import explain, judge, profile
 
 few = settings(deadline=None, max_examples=40)
 
@@ -260,7 +263,7 @@ def test_a_wrong_level_is_recognised(name, slope, shift):
 def test_a_flat_profile_at_another_level_is_told():
     _, _, states, q = sample('dw1d', 400_000, 4)
     result = cut_profiles(q, states)
-    half = zq.replace(result, n_ab=result.n_ab * 1.5)  # counted with the flags of other frames
+    half = replace(result, n_ab=result.n_ab * 1.5)  # counted with the flags of other frames
     verdict = judge(half, q, states)
     assert not verdict.passed and verdict.label == 'wrong level' and 'counted' in verdict.reason
 
@@ -279,8 +282,8 @@ def test_white_noise_and_mean_levels_are_those_of_the_law():
 def test_explanations_are_two_plain_sentences():
     _, _, states, q = sample('dw1d', 100_000, 3)
     result = profile(q, states)
-    for label in zq._PLAIN:
-        text = explain(zq.replace(result, verdict=Verdict(label, label == 'pass', '')))
+    for label in verdicts._PLAIN:
+        text = explain(replace(result, verdict=Verdict(label, label == 'pass', '')))
         assert len(re.split(r'(?<=[.!?])\s',
                             text)) == 2 and text.endswith('.') and '{' not in text and 'Z_q' not in text, text
     with pytest.raises(ValueError, match='profile'): explain(cut_profiles(q, states))
