@@ -41,8 +41,8 @@ def _checked(x, dtype, where):
 
 # %% ../nbs/40_committor.ipynb #b8531b1f
 def check_states(
-    states, # flags: 0 in A (unfolded), 1 in B (folded), -1 elsewhere
-    lengths=None, # frames of each trajectory of the data that go with the flags
+    states: list, # flags: 0 in A (unfolded), 1 in B (folded), -1 elsewhere
+    lengths: int | list | None = None, # frames of each trajectory of the data that go with the flags
     both: bool = True, # insist that A and B are both visited
 ) -> list: # int8 (T,) per trajectory
     "Validate boundary flags; raises `ValueError` for other values, other lengths, or a state that is never visited."
@@ -74,8 +74,8 @@ def _check_lengths(name, found, wanted):
 
 # %% ../nbs/40_committor.ipynb #522c0d9d
 def check_coordinate(
-    r, # a coordinate, (T,) per trajectory
-    states, # flags of the same frames
+    r: list, # a coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
     both: bool = True, # insist that A and B are both visited
 ) -> tuple: # list of float64 (T,), list of int8 (T,)
     "A coordinate and its flags, validated together; raises `ValueError` if they do not have the same frames."
@@ -136,7 +136,7 @@ def _columns(names):
 
 # %% ../nbs/40_committor.ipynb #22897dfe
 def evaluate_expression(
-    features, # (T, F) per trajectory
+    features: list, # (T, F) per trajectory
     description, # `Features`, or a plain list of column names
     expression: str, # such as "Q > 0.8 and RMSD < 0.3"; a name with spaces goes between backticks
 ) -> list: # (T,) per trajectory, boolean for a condition
@@ -169,7 +169,7 @@ def held(
 
 # %% ../nbs/40_committor.ipynb #e47e5b4a
 def states_from(
-    features, # (T, F) per trajectory
+    features: list, # (T, F) per trajectory
     description, # `Features`, or a plain list of column names
     unfolded: str = 'Q < 0.25', # condition for A
     folded: str = 'Q > 0.8', # condition for B
@@ -203,13 +203,13 @@ def boundaries(
 
 # %% ../nbs/40_committor.ipynb #1b74fe47
 def outcomes(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> list: # float64 (T,): 1 for B, 0 for A, nan where the trajectory ends first
     "The state that each frame reaches next (a frame of A or B: its own)."
     return [_neighbour(s, boundaries(s)[1]) for s in check_states(states, both=False)]
 
 def previous_outcomes(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> list: # float64 (T,): 1 for B, 0 for A, nan where the trajectory began in between
     "The state that each frame came from (a frame of A or B: its own)."
     return [_neighbour(s, boundaries(s)[0]) for s in check_states(states, both=False)]
@@ -221,7 +221,7 @@ def _neighbour(s, index):
 
 # %% ../nbs/40_committor.ipynb #e9d5f8b1
 def count_transitions(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> tuple: # (N_AB, N_BA)
     "Number of transitions A to B and B to A: pairs of successive boundary frames with different flags."
     n_ab = n_ba = 0
@@ -232,7 +232,7 @@ def count_transitions(
 
 # %% ../nbs/40_committor.ipynb #a1cf8393
 def departures(
-    flags, # int8 (T,) of ONE trajectory: 0, 1 or -1
+    flags: np.ndarray, # int8 (T,) of ONE trajectory: 0, 1 or -1
 ) -> tuple: # int64 (n,): last frame in A of each transition; int64 (m,): first frame in A of each return from B
     "Frames at which transitions A to B begin, and at which cycles A to B to A end."
     visit = np.flatnonzero(flags >= 0)
@@ -241,8 +241,8 @@ def departures(
 
 # %% ../nbs/40_committor.ipynb #30dafdf6
 def clamp(
-    r, # a coordinate, (T,) per trajectory
-    states, # flags of the same frames
+    r: list, # a coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
 ) -> list: # float64 (T,) per trajectory
     "Copy of a coordinate that is exactly 0 on A and 1 on B."
     r, states = check_coordinate(r, states, both=False)
@@ -276,7 +276,7 @@ class Passages(NamedTuple):
     transit: np.ndarray # from the last frame in A to the first frame in B
 
 def passages(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> Passages:
     "Every complete passage of an ensemble; those cut by the ends of a trajectory are left out."
     found = [[], [], []]
@@ -291,7 +291,7 @@ def passages(
 
 # %% ../nbs/40_committor.ipynb #e63b4c85
 def squared_increments(
-    r, # a coordinate, (T,) per trajectory
+    r: list, # a coordinate, (T,) per trajectory
 ) -> float:
     "Sum of squared one-frame increments, never across two trajectories."
     return float(sum((np.diff(x)**2).sum() for x in as_ensemble(r)))

@@ -32,7 +32,9 @@ from tqdm.auto import tqdm
 
 from .committor import as_ensemble, boundaries, check_states, clamp, count_transitions, outcomes, replacing
 from .forecast import quiet
-from .zq import cut_profiles, error_budget, profile, scores
+from .zq import cut_profiles
+from .scores import error_budget, scores
+from .verdicts import profile
 
 # %% ../nbs/42_distillation.ipynb #63360c8e
 def window_ends(

@@ -21,7 +21,7 @@ from .zq import cut_profile
 
 # %% ../nbs/44_kinetics.ipynb #40a8d4c6
 def units(
-    states, # flags: 0 in A, 1 in B, -1 elsewhere, (T,) per trajectory
+    states: list, # flags: 0 in A, 1 in B, -1 elsewhere, (T,) per trajectory
     resample: str = 'cycles', # A to B to A, or 'trajectories'
 ) -> list: # int64 (T,) per trajectory: number of the unit of each frame
     "Number the independent parts of an ensemble; an incomplete end of a trajectory is a part of its own."
@@ -52,8 +52,8 @@ class Estimate(NamedTuple):
 # %% ../nbs/44_kinetics.ipynb #e6f6beae
 def bootstrap(
     estimate: Callable, # of frame weights, float64 (N,) over all trajectories end to end, to an array
-    states, # flags, (T,) per trajectory
-    weights=None, # weight of each frame, (T,) per trajectory
+    states: list, # flags, (T,) per trajectory
+    weights: list | None = None, # weight of each frame, (T,) per trajectory
     resample: str = 'cycles', # or 'trajectories'
     n_bootstrap: int = 50, # replicates; 0 for none
     seed: int = 0,
@@ -73,11 +73,11 @@ def _flux_terms(r, states, flux):
 
 # %% ../nbs/44_kinetics.ipynb #1ffc563b
 def rates(
-    r, # committor, (T,) per trajectory, exactly 0 on A and 1 on B
-    states, # flags of the same frames
+    r: list, # committor, (T,) per trajectory, exactly 0 on A and 1 on B
+    states: list, # flags of the same frames
     spacing: float = 1., # time between two frames
-    backward=None, # backward committor (1 on A, 0 on B) where dynamics is not reversible; None: 1 - r
-    weights=None, # of frames; with them data that are not from equilibrium count as if they were
+    backward: list | None = None, # backward committor (1 on A, 0 on B) where dynamics is not reversible; None: 1 - r
+    weights: list | None = None, # of frames; with them data that are not from equilibrium count as if they were
     flux: str = 'counted', # how transitions are found: 'counted', or from the 'committor'
     resample: str = 'cycles', # units of the bootstrap, or 'trajectories'
     n_bootstrap: int = 100,
@@ -111,12 +111,12 @@ class Cuts(NamedTuple):
 
 # %% ../nbs/44_kinetics.ipynb #5e46303d
 def cuts(
-    r, # coordinate in any unit, (T,) per trajectory
-    states, # flags of the same frames, for the units of the bootstrap
+    r: list, # coordinate in any unit, (T,) per trajectory
+    states: list, # flags of the same frames, for the units of the bootstrap
     lag: int = 1, # frames in a window
     spacing: float = 1., # time between two frames
     n_bins=100, # number of bins, or edges
-    weights=None, # of frames
+    weights: list | None = None, # of frames
     resample: str = 'cycles', # or 'trajectories'
     n_bootstrap: int = 30,
     seed: int = 0,

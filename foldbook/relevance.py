@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .committor import as_ensemble, check_states, log_loss, outcomes, previous_outcomes
+from .committor import as_ensemble, check_states, outcomes, previous_outcomes
+from .scores import log_loss
 from .distill import Windows, doublings
 from .features import ca_atoms, find_atoms
 from .zq import cut_profiles

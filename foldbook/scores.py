@@ -17,8 +17,8 @@ from .committor import as_ensemble, check_coordinate, check_states, count_transi
 
 # %% ../nbs/40a_scores.ipynb #4b44f037
 def forecasts(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
 ) -> tuple: # coordinate (n,), outcome (n,) 1 for B and 0 for A, number of the excursion (n,)
     "Interior frames with a known outcome."
     visits, parts = 0, []
@@ -30,8 +30,8 @@ def forecasts(
 
 # %% ../nbs/40a_scores.ipynb #05e85a8b
 def log_loss(
-    p, # (n,) forecast probability of B
-    outcome, # (n,) 1 for B, 0 for A
+    p: np.ndarray, # (n,) forecast probability of B
+    outcome: np.ndarray, # (n,) 1 for B, 0 for A
 ) -> np.ndarray: # (n,) nats
     "Log-loss of each forecast; a certain one that fails costs as much as one of 1e-6."
     p = np.clip(p, 1e-6, 1 - 1e-6)
@@ -47,8 +47,8 @@ class Scores(NamedTuple):
 
 # %% ../nbs/40a_scores.ipynb #9154851d
 def scores(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
 ) -> Scores:
     "Proper scores against the state reached next; raises `ValueError` when no interior frame has a known outcome."
     p, y, _ = forecasts(*check_coordinate(r, states, both=False))
@@ -62,9 +62,9 @@ def scores(
 
 # %% ../nbs/40a_scores.ipynb #9652e11b
 def paired_log_loss(
-    r, # coordinate, (T,) per trajectory
-    reference, # another one on the same frames
-    states, # flags of the same frames
+    r: list, # coordinate, (T,) per trajectory
+    reference: list, # another one on the same frames
+    states: list, # flags of the same frames
 ) -> tuple: # mean difference r - reference, nats per frame, and its standard error
     "Log-loss of one coordinate minus that of another, frame by frame, with an error from excursions."
     r, states = check_coordinate(r, states, both=False)
@@ -75,8 +75,8 @@ def paired_log_loss(
 
 # %% ../nbs/40a_scores.ipynb #a6003946
 def calibration(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
     n_bins: int = 20, # of equal width between 0 and 1
 ):
     "Pandas table of predicted and observed probability of B by bin of r, with an error from independent excursions."
@@ -110,9 +110,9 @@ def plot_calibration(
 
 # %% ../nbs/40a_scores.ipynb #8e9acdcd
 def rmse(
-    r, # a coordinate, (T,) per trajectory
-    reference, # the committor it should be, same frames
-    states, # flags of the same frames
+    r: list, # a coordinate, (T,) per trajectory
+    reference: list, # the committor it should be, same frames
+    states: list, # flags of the same frames
 ) -> float:
     "Root of the mean squared difference on interior frames, where a committor can be wrong."
     inside = np.concatenate(check_states(states, [len(x) for x in r], both=False)) < 0
@@ -120,9 +120,9 @@ def rmse(
 
 # %% ../nbs/40a_scores.ipynb #391e849d
 def error_budget(
-    r, # coordinate, (T,) per trajectory
-    reference, # what it approximates, on the same frames
-    states, # flags of the same frames
+    r: list, # coordinate, (T,) per trajectory
+    reference: list, # what it approximates, on the same frames
+    states: list, # flags of the same frames
 ) -> float: # much less than 1 for a coordinate that can pass
     "N_int * MSE / N_AB on interior frames; raises `ValueError` when no transition was counted."
     r, states = check_coordinate(r, states, both=False)

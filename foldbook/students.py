@@ -20,7 +20,9 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, orthogonal_mp_gram
 
 from .committor import as_ensemble, check_states, clamp, count_transitions, outcomes, replacing
-from .zq import cut_profiles, error_budget, profile, scores
+from .zq import cut_profiles
+from .scores import error_budget, scores
+from .verdicts import profile
 
 # %% ../nbs/45_students.ipynb #1b40bdd3
 def candidate_terms(

@@ -209,10 +209,10 @@ def _stopped(states, lengths):
 # %% ../nbs/41b_verdicts.ipynb #5456d174
 def judge(
     result: ZqResult, # of `cut_profiles`
-    r, # coordinate it was made from, list of float64 (T,)
-    states, # flags, list of int8 (T,)
-    reference=None, # a coordinate as good as one can be without seeing the future
-    lengths=None, # nominal frames of trajectories stopped on A or B
+    r: list, # coordinate it was made from, list of float64 (T,)
+    states: list, # flags, list of int8 (T,)
+    reference: list | None = None, # a coordinate as good as one can be without seeing the future
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B
 ) -> Verdict:
     "Name what is wrong with a coordinate, in the order in which one fault hides another."
     if not result.n_ab and result.t_ne is None and not _certain(r, states):
@@ -223,16 +223,16 @@ def judge(
 
 # %% ../nbs/41b_verdicts.ipynb #3fe600e3
 def profile(
-    r, # coordinate, (T,) per trajectory; exactly 0 on A and 1 on B
-    states, # flags of the same frames: 0 in A, 1 in B, -1 elsewhere
-    lags=None, # frames (steps of the grid with `times`); None: `default_lags`
-    n_bins=1000, # equal bins of r between 0 and 1, or edges such as `log_edges()`, or 'exact'
+    r: list, # coordinate, (T,) per trajectory; exactly 0 on A and 1 on B
+    states: list, # flags of the same frames: 0 in A, 1 in B, -1 elsewhere
+    lags: np.ndarray | list | None = None, # frames (steps of the grid with `times`); None: `default_lags`
+    n_bins: int | str | np.ndarray = 1000, # equal bins of r between 0 and 1, or edges such as `log_edges()`, or 'exact'
     n_bootstrap: int = 0, # resampled sets of cycles (of trajectories, if they are short), for error bars
     seed: int = 0, # of the bootstrap
-    weights=None, # weight of the windows that start at each frame
-    reference=None, # a coordinate as good as one can be without seeing the future, to catch leaks
-    lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
-    times=None, # time of each frame if they are uneven, see `regular`
+    weights: list | None = None, # weight of the windows that start at each frame
+    reference: list | None = None, # a coordinate as good as one can be without seeing the future, to catch leaks
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
+    times: list | None = None, # time of each frame if they are uneven, see `regular`
 ) -> ZqResult:
     "Z_q with error bars and a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames."
     r, states = check_coordinate(r, states, both=False)

@@ -154,8 +154,9 @@ def _compensated(r, states, lags, bins, weights, lengths):
 
 # %% ../nbs/41_zq.ipynb #25e9a894
 def nominal_lengths(
-    states, # flags, int8 (T,) per trajectory
-    lengths=None, # frames granted: one number for all, or one per trajectory; None: those in the files
+    states: list, # flags, int8 (T,) per trajectory
+    # frames granted: one number for all, or one per trajectory; None: those in the files
+    lengths: int | list | None = None,
     clock: float | None = None, # mean frames granted by a random clock, instead of `lengths`
     seed: int = 0, # of the clock
 ) -> np.ndarray: # int64 (number of trajectories,)
@@ -176,7 +177,7 @@ def nominal_lengths(
 
 # %% ../nbs/41_zq.ipynb #45fe1fe6
 def mean_transition_path(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> float: # frames, nan when there is none
     "Mean number of frames from the last frame in one state to the first in the other."
     visits = [(s, np.flatnonzero(s >= 0)) for s in states]
@@ -185,7 +186,7 @@ def mean_transition_path(
 
 # %% ../nbs/41_zq.ipynb #d07e2277
 def default_lags(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> np.ndarray: # int64 (L,), frames
     "Powers of two up to ten mean transition paths, half the longest trajectory, or 2**15, whichever comes first."
     path, longest = mean_transition_path(states), max(map(len, states))
@@ -316,12 +317,12 @@ class ZqResult:
 
 # %% ../nbs/41_zq.ipynb #2caf7fa0
 def cut_profiles(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames: 0 in A, 1 in B, -1 elsewhere
-    lags=None, # frames; None: `default_lags`
-    n_bins=1000, # equal bins of r between 0 and 1, or edges such as `log_edges()`, or 'exact'
-    weights=None, # weight of the windows that start at each frame, (T,) per trajectory
-    lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames: 0 in A, 1 in B, -1 elsewhere
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
+    n_bins: int | str | np.ndarray = 1000, # equal bins of r between 0 and 1, or edges such as `log_edges()`, or 'exact'
+    weights: list | None = None, # weight of the windows that start at each frame, (T,) per trajectory
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
     compensate: bool = False, # restore the level that short stationary trajectories lose at their ends
 ) -> ZqResult:
     """Z_q and Z_C1 without a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames
@@ -388,13 +389,14 @@ def lag_windows(
 
 # %% ../nbs/41_zq.ipynb #38871334
 def cut_profile(
-    r, # coordinate in any unit, (T,) per trajectory
+    r: list, # coordinate in any unit, (T,) per trajectory
     lag: int = 1, # frames
     alpha: float = 1., # exponent
-    weights=None, # weight of the windows that start at each frame
-    n_bins=1000, # bins of equal width between the ends of r (0 and 1 with states), or increasing edges
+    weights: list | None = None, # weight of the windows that start at each frame
+    # bins of equal width between the ends of r (0 and 1 with states), or increasing edges
+    n_bins: int | np.ndarray = 1000,
     states=None, # flags of the same frames; then windows stop on A and B as those of Z_q do
-    lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
 ) -> tuple: # edges (n_bins + 1,), and Z_C,alpha (n_bins,) just below edges[1:]
     """Cut profile of any exponent, with or without boundaries (Krivov 2013); raises `ValueError` for a lag no
     trajectory has."""
@@ -454,7 +456,7 @@ def _brownian(x):
 
 # %% ../nbs/41_zq.ipynb #f0888f3e
 def is_short(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> bool:
     "At least ten trajectories, with fewer than two transitions (either way) each on average."
     jumps = sum(np.count_nonzero(np.diff(s[s >= 0])) for s in states)
@@ -462,14 +464,14 @@ def is_short(
 
 # %% ../nbs/41_zq.ipynb #9d79e2f0
 def cycle_bootstrap(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
-    lags=None, # frames; None: `default_lags`
-    n_bins=1000, # or edges
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
+    n_bins: int | str | np.ndarray = 1000, # or edges
     n_replicates: int = 100,
     seed: int = 0,
-    weights=None, # weight of the windows that start at each frame
-    lengths=None, # nominal frames of trajectories stopped on A or B
+    weights: list | None = None, # weight of the windows that start at each frame
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B
     units: str | None = None, # 'cycles' or 'trajectories'; None: trajectories if `is_short`
 ) -> np.ndarray: # (n_replicates, L, n_bins): Z_q / N_AB; replicates without a transition are left out
     "Resample cycles A to B to A (incomplete ends of trajectories are cycles of their own), or whole trajectories."
@@ -528,12 +530,12 @@ def _interior_sums(r, flags, b, weights, length, lags, sums, squares):
 
 # %% ../nbs/41_zq.ipynb #2dfef602
 def studentised(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
-    lags=None, # frames; None: `default_lags`
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
     n_bins=1000,
-    weights=None, # weight of the windows that start at each frame
-    lengths=None, # nominal frames of trajectories stopped on A or B
+    weights: list | None = None, # weight of the windows that start at each frame
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B
 ) -> np.ndarray: # (L,) T_ne at each lag; nan where nothing moved
     "Largest interior sum of Z_q in units of its own noise, for samples that are not in equilibrium."
     r, states = check_coordinate(r, states, both=False)
@@ -574,13 +576,13 @@ class TauProfile(NamedTuple):
 
 # %% ../nbs/41_zq.ipynb #28bb06db
 def profile_tau(
-    tau, # estimated mean first passage time to the target, (T,) per trajectory; 0 on it
-    states, # flags of the same frames
+    tau: list, # estimated mean first passage time to the target, (T,) per trajectory; 0 on it
+    states: list, # flags of the same frames
     target: int = 0, # flag of the state that ends the passage
-    lags=None, # frames; None: `default_lags`
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
     n_bins: int = 200, # of equal width between 0 and the largest tau
-    times=None, # time of each frame, (T,) per trajectory; None: 0, 1, 2...
-    lengths=None, # nominal frames of trajectories stopped on the target
+    times: list | None = None, # time of each frame, (T,) per trajectory; None: 0, 1, 2...
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on the target
 ) -> TauProfile:
     "Z_tau, flat in x for the true mean first passage time; raises `ValueError` when the target is never visited."
     tau, states = check_coordinate(tau, states, both=False)
