@@ -22,6 +22,9 @@ from foldbook.verdicts import explain, judge, profile
 few = settings(deadline=None, max_examples=40)
 
 
+def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @lru_cache
 def sample(name, n_frames, seed, n=1):
     "Paths, coordinates, flags and exact committor; do not change in place."
@@ -398,8 +401,11 @@ def walks(name, seed, ensemble, n=2000, length='fixed', columns=(0,)):
     return states, q, clamp([given(system, columns)[p] for p in paths], states)
 
 
-@pytest.mark.parametrize('name', SYSTEMS)
-@pytest.mark.parametrize('ensemble, length', [('free', 'fixed'), ('absorbed', 'fixed'), ('absorbed', 'poisson')])
+@pytest.mark.parametrize('name, ensemble, length', [
+    ('persist1d', 'free', 'fixed'), ('dw1d', 'absorbed', 'fixed'), ('persist1d', 'absorbed', 'poisson'),
+    slow('dw1d', 'free', 'fixed'), slow('lshape2d', 'free', 'fixed'), slow('lshape2d', 'absorbed', 'fixed'),
+    slow('persist1d', 'absorbed', 'fixed'), slow('dw1d', 'absorbed', 'poisson'),
+    slow('lshape2d', 'absorbed', 'poisson')])
 def test_exact_committor_passes_out_of_equilibrium(name, ensemble, length):
     found, lags = [], [1, 2, 4, 8, 16]
     for seed in range(10):
@@ -415,7 +421,7 @@ def test_exact_committor_passes_out_of_equilibrium(name, ensemble, length):
     assert result.short and result.t_ne == found[-1].max() and result.verdict.passed == (result.t_ne <= LIMIT)
 
 
-@pytest.mark.parametrize('ensemble, lengths', [('free', None), ('absorbed', 33)])
+@pytest.mark.parametrize('ensemble, lengths', [('free', None), slow('absorbed', 33)])
 def test_hidden_variables_are_found_out_of_equilibrium(ensemble, lengths):
     states, q, x = walks('lshape2d', 0, ensemble)
     result = profile(x, states, lengths=lengths)
@@ -473,6 +479,7 @@ def test_no_transition_can_still_be_judged():
     assert set(exact.p_values) == {'t_ne'} and 'excursions' in explain(exact)
 
 
+@pytest.mark.slow
 def test_trajectory_bootstrap_gives_the_true_error():
     middle, claimed = [], []
     for seed in range(60):
@@ -483,6 +490,9 @@ def test_trajectory_bootstrap_gives_the_true_error():
         claimed.append(cycle_bootstrap(q, states, [1, 4, 16], n_bins=20, n_replicates=100, seed=seed)[:, :, 10].std(0))
     share = np.median(claimed, 0) / np.std(middle, 0, ddof=1)
     assert ((share > 0.7) & (share < 1.35)).all(), share
+
+
+def test_what_is_resampled_can_be_chosen():
     _, _, states, q = sample('dw1d', 20_000, 4)
     assert not is_short(states)
     a, b = (cycle_bootstrap(q, states, [1], 20, 5, 0, units=u) for u in (None, 'cycles'))
@@ -490,6 +500,7 @@ def test_trajectory_bootstrap_gives_the_true_error():
     with pytest.raises(ValueError, match='units'): cycle_bootstrap(q, states, units='frames')
 
 
+@pytest.mark.slow
 def test_compensation_restores_the_level_up_to_half_a_trajectory():
     system = SYSTEMS['dw1d']()
     _, states, q = system.observe(system.sample(33, 20_000, 5))
