@@ -49,7 +49,7 @@ def check_states(
     raw = as_ensemble(states, np.float64, 'states')
     for i, s in enumerate(raw):
         if s.ndim != 1: raise ValueError(f'states: trajectory {i} has shape {s.shape}; one flag per frame is needed')
-        bad = np.flatnonzero(~np.isin(s, (-1, 0, 1)))
+        bad = np.flatnonzero((s != 0) & (s != 1) & (s != -1))
         if len(bad):
             raise ValueError(f'states: trajectory {i}, frame {bad[0]} is {s[bad[0]]:g}; only 0 (A), 1 (B) and -1 '
                              f'(elsewhere) are allowed')

@@ -398,7 +398,8 @@ def walks(name, seed, ensemble, n=2000, length='fixed', columns=(0,)):
     system = SYSTEMS[name]()
     paths = system.sample(33, n, seed, ensemble, length, start=(system.states < 0) / (system.states < 0).sum())
     _, states, q = system.observe(paths)
-    return states, q, clamp([given(system, columns)[p] for p in paths], states)
+    mean = given(system, columns)
+    return states, q, clamp([mean[p] for p in paths], states)
 
 
 @pytest.mark.parametrize('name, ensemble, length', [
