@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 from importlib import import_module as _import_module
 from pkgutil import iter_modules as _iter_modules
 
-_HOMES = dict(profile='zq', explain='verdicts', states_from='committor', fetch='data', rates='kinetics',
+_HOMES = dict(profile='verdicts', explain='verdicts', states_from='committor', fetch='data', rates='kinetics',
               load='coordinates', Student='distill', NonparametricCommittor='npne', Ensemble='frames')
 _MODULES = {m.name for m in _iter_modules(__path__) if not m.name.startswith('_')}
 __all__ = [*_HOMES, *_MODULES]

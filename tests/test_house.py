@@ -50,7 +50,8 @@ def test_imports_point_to_earlier_chapters():
 
 
 def test_no_line_is_longer_than_120_characters():
-    texts = {p.name: p.read_text() for p in MODULES.values()} | {p.name: '\n'.join(code_cells(p)) for p in CHAPTERS}
+    without_all = lambda text: re.sub(r'^__all__ = \[.*?\]$', '', text, flags=re.M | re.S)  # nbdev fills it
+    texts = {p.name: without_all(p.read_text()) for p in MODULES.values()} | {p.name: '\n'.join(code_cells(p)) for p in CHAPTERS}
     wrong = [f'{name}: {line[:60]}' for name, text in texts.items() for line in text.split('\n') if len(line) > 120]
     assert not wrong
 
