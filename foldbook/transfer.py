@@ -23,8 +23,9 @@ from torch import nn
 
 from .base import check_choice, check_least, digest, jsonable, read_tensors, write_tensors
 from .committor import as_ensemble, check_states, states_from
-from .distill import (ARCHITECTURES, HARDWARE, Distillation, Student, StudentOptions, Windows, predict, restored,
-                              solve_head, train_network, with_nan)
+from .distill import (HARDWARE, Distillation, Student, StudentOptions, restored, solve_head, train_network,
+                              with_nan)
+from .networks import ARCHITECTURES, Windows, predict
 from .objectives import TARGETS
 from .training import quiet
 
@@ -398,7 +399,8 @@ class ResidueStudent(ResidueOptions, BaseEstimator):
         "Read a student back; raises `FileNotFoundError` if the directory holds none."
         path = Path(directory) / 'residues.safetensors'
         if not path.exists():
-            raise FileNotFoundError(f'{directory} has no {path.name}; give the directory that ResidueStudent.save wrote')
+            raise FileNotFoundError(f'{directory} has no {path.name}; give the directory that ResidueStudent.save '
+                                    'wrote')
         tensors, metadata = read_tensors(path)
         card = json.loads(metadata['card'])
         self = cls(**card['options'])
