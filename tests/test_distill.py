@@ -10,7 +10,7 @@ from foldbook.distill import (Distillation, Student, StudentOptions, hidden_laye
 from foldbook.networks import ARCHITECTURES, CommittorNetwork, Windows, directions, doublings, predict
 from foldbook.objectives import (TARGETS, both_ends, interior_zq, lambda_return, loss_value, stopped, targets,
                                  variational)
-from foldbook.systems import SYSTEMS, dw1d, lshape2d, persist1d
+from foldbook.systems import SYSTEMS, dw1d, persist1d
 from foldbook.zq import cut_profiles
 
 FAST = dict(hidden=8, max_epochs=3, window=4, batch_size=256)
@@ -322,8 +322,9 @@ def test_report(walk):
     X, S, q = walk
     student = Student('mlp', **FAST).fit(X[:2], S[:2], teacher=q[:2], progress=False)
     row = report(student, X[2:], S[2:], q[2:])
-    assert json.loads(json.dumps(row)) == row and row['parameters'] == student.n_parameters and row['error_budget'] > 0 and student.error_budget > 0
-    assert len(row['lags']) == len(row['t_max_per_lag']) and row['t_max'] == max(row['t_max_per_lag']) and 0 < row['auc'] < 1
+    assert json.loads(json.dumps(row)) == row and row['parameters'] == student.n_parameters
+    assert row['error_budget'] > 0 and student.error_budget > 0 and 0 < row['auc'] < 1
+    assert len(row['lags']) == len(row['t_max_per_lag']) and row['t_max'] == max(row['t_max_per_lag'])
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
@@ -358,11 +359,18 @@ def observed():
     return get
 
 
-@pytest.mark.parametrize('label', RECIPES)
-@pytest.mark.parametrize('name', ['dw1d', *(pytest.param(s, marks=pytest.mark.slow) for s in SYSTEMS if s != 'dw1d')])
+def cases():
+    "The quick ones: the losses of one frame on one system; the chapter does the rest on another."
+    for name in SYSTEMS:
+        for label in RECIPES:
+            if name == 'persist1d' and 'variational' in label: continue # irreversible
+            quick = name == 'dw1d' and label in ('teacher_mse', 'outcome', 'martingale', 'variational', 'martingale, lstd')
+            yield pytest.param(name, label, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize('name, label', cases())
 def test_every_loss_finds_the_committor(observed, name, label):
     "Memoryless students that see the whole state; the functional needs reversible dynamics."
-    if 'variational' in label and name == 'persist1d': pytest.skip('irreversible')
     X, S, q = observed(name)
     options, bound = RECIPES[label]
     student = Student('mlp', hidden=16, learning_rate=.01, max_epochs=10, batch_size=1024, **options).fit(X[:3],
@@ -416,14 +424,6 @@ def test_spread(walk):
     s, parts = student.spread(X, S), student.each(X)
     assert all((a[f >= 0] == 0).all() and np.allclose(a[f < 0], p.std(0, ddof=1)[f < 0])
                for a, f, p in zip(s, S, parts))
-
-
-def test_a_window_finds_the_hidden_direction():
-    "persist1d seen through x only: the present frame is not enough, a few frames are."
-    X, S, q = data(persist1d(), 20_000, 3, seed=6, columns=slice(0, 1))
-    fit = lambda a: Student(a, differences=a == 'lstm', hidden=12, learning_rate=.01, max_epochs=10).fit(X[:2], S[:2],
-        validation=(X[2:], S[2:]), progress=False)
-    assert rmse(fit('lstm'), X[2:], S[2:], q[2:]) < 0.35 * rmse(fit('mlp'), X[2:], S[2:], q[2:])
 
 
 SCRIPT = """
@@ -498,8 +498,3 @@ def test_estimator(walk):
     assert copy.fit(X, S, progress=False) != student
     assert all((a == b).all() for a, b in zip(copy.transform(X), student.transform(X)))
     with pytest.raises(ValueError, match='hidden=0'): copy.set_params(hidden=0).fit(X, S, progress=False)
-
-
-def test_import_is_light():
-    code = "import sys, foldbook.distill; print([m for m in ('openmm', 'mdtraj', 'pandas') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

@@ -190,9 +190,9 @@ def with_noise(seed, n_frames=30_000):
 
 @pytest.fixture(scope='module')
 def seeds():
-    "Permutation table and mean size of integrated gradients for four samples."
+    "Permutation table and mean size of integrated gradients for two samples."
     found = []
-    for seed in range(11, 15):
+    for seed in (11, 12):
         X, S = with_noise(seed)
         student = Student('mlp', components=None, learning_rate=.01, max_epochs=6, seed=seed).fit(X[:2], S[:2],
                                                                                                   progress=False)
@@ -205,7 +205,7 @@ def seeds():
 
 def test_noise_gets_nothing(seeds):
     z = np.array([(t.log_loss / np.hypot(t.se, 1e-5))[[*range(4, 10), 'noise']] for t, _ in seeds])
-    # of 28; blocks give a t distribution with 19 degrees of freedom
+    # of 14; blocks give a t distribution with 19 degrees of freedom
     assert np.abs(z).max() < 4 and (np.abs(z) > 3).sum() <= 1 and (np.abs(z) > 2).mean() < .3
     assert max(t.log_loss['noise'] for t, _ in seeds) < .1 * min(t.log_loss[[0, 1, 2, 3]].min() for t, _ in seeds)
 
@@ -219,6 +219,7 @@ def test_the_plane_gets_its_share(seeds):
     assert t.t_max[[0, 1, 2, 3]].min() > 5 and t.t_max[[4, 5, 6]].abs().max() < .5
 
 
+@pytest.mark.slow # the chapter looks at one sample
 @pytest.mark.parametrize('seed', [21, 22])
 def test_walker_reads_the_last_step(seed):
     X, S, q = persist1d().observe(persist1d().sample(20_000, 3, seed=seed))

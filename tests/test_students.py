@@ -186,7 +186,8 @@ def test_anatomy_needs_an_event():
 # how small is small enough
 
 @pytest.mark.parametrize('system, sizes, batch, rate',
-                         [(dw1d, ((2, 3), (16, 15)), 2048, .01), (lshape2d, ((3, 2), (16, 12)), 512, .02)])
+                         [(dw1d, ((2, 3), (16, 15)), 2048, .01),
+                          pytest.param(lshape2d, ((3, 2), (16, 12)), 512, .02, marks=pytest.mark.slow)])
 def test_students_with_a_budget_below_a_twentieth_pass_on_held_out_frames(system, sizes, batch, rate):
     system = system()
     X, S, q = sampled(system, 40_000, 4, seed=21)
