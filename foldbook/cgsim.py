@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from .baselines import slow_modes, _centres
+from .baselines import slow_modes, kmeans_centres
 from .cg import ForceData, LONGEST, Potential, TINY, bead_map, chain_geometry, energy_and_forces, prior_energy, _LETTER
 from .committor import replacing
 from .data import fetch
@@ -496,7 +496,7 @@ def fit_landscape(reference: list,          # (T, N, 3) nm of each trajectory
     mean, axes = slow_modes(F, lag, dims)
     y = [(f - mean) @ axes for f in F]
     pooled = np.concatenate(y)
-    centres = _centres(pooled[::max(1, len(pooled)//20_000)], n_clusters, seed)
+    centres = kmeans_centres(pooled[::max(1, len(pooled)//20_000)], n_clusters, seed)
     span = lambda v: np.linspace(v.min() - 0.1*np.ptp(v), v.max() + 0.1*np.ptp(v), bins + 1)
     L = Landscape(native, mean, axes, [span(pooled[:, k]) for k in range(2)], centres, None, lag, elements or {},
                   features)

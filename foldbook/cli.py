@@ -147,7 +147,7 @@ def _pair(coordinates, flags):
 def _with_conditions(coordinates, unfolded, folded):
     "Series in any unit, their flags from two conditions on r, and the series mapped to probabilities."
     from foldbook.committor import states_from
-    from foldbook.zq import as_probability
+    from foldbook.maps import as_probability
     if not coordinates or not (unfolded and folded):
         raise ValueError('give the flags of the two states with --states, or both conditions on the series, such as '
                          '--unfolded "r > 0.6" --folded "r < 0.2"')
@@ -169,7 +169,7 @@ def _zq_rows(z):
 
 def _zq_summary(z, r, f):
     "Frames, transitions, statistics with their error, and the verdict in one line."
-    from foldbook.zq import scores
+    from foldbook.scores import scores
     error = f' +- {z.t_max_se:.2f}' if z.t_max_se == z.t_max_se else ''
     parts = [f'{z.n_frames} frames', f'{z.n_ab:g} transitions A to B']
     if z.t_max is not None: parts += [f'T_max {z.t_max:.2f}{error}', f'T_sd {z.t_sd:.2f}']
@@ -185,7 +185,7 @@ def _print_zq(z, summary):
     import textwrap
     from rich.console import Console
     from rich.table import Table
-    from foldbook.zq import explain
+    from foldbook.verdicts import explain
     heads, rows = _zq_rows(z)
     table = Table(title=None, box=None, pad_edge=False)
     for c in heads: table.add_column(c, justify='right')
@@ -215,7 +215,7 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
     "Judge a coordinate of any program: is it the committor?"
     import warnings
     import numpy as np
-    from foldbook.zq import profile
+    from foldbook.verdicts import profile
     warnings.showwarning = lambda message, *_: _note(f'warning: {message}')
     r, f = _pair(_expand(coordinates or []), _expand(states)) if states else _with_conditions(_expand(coordinates
         or []), unfolded, folded)
@@ -234,7 +234,7 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
 def _write_zq_json(path, z):
     import json
     from foldbook.committor import replacing
-    from foldbook.zq import explain
+    from foldbook.verdicts import explain
     replacing(path, lambda p: p.write_text(json.dumps(z.to_dict() | {'explanation': explain(z)})))
 
 def _write_zq_figure(path, z):
@@ -263,7 +263,8 @@ def _write_zq_report(path, z, summary, files):
     "One self-contained page."
     import base64, html, io
     from foldbook.committor import replacing
-    from foldbook.zq import LIMIT, explain
+    from foldbook.zq import LIMIT
+    from foldbook.verdicts import explain
     picture = io.BytesIO()
     if z.n_ab: _write_zq_figure(picture, z)
     heads, rows = _zq_rows(z)

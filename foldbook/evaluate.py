@@ -19,9 +19,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
-from .baselines import BASELINES, DiffusiveCommittor, IsotonicCommittor, TicaCoordinate, baseline, jsonable, write_json
+from .baselines import BASELINES, TicaCoordinate, baseline
+from .maps import DiffusiveCommittor, IsotonicCommittor
+from .base import jsonable, write_json
 from .committor import clamp, count_transitions, replacing, states_from
-from .zq import LIMIT, cut_profiles, default_lags, error_budget, plot_calibration, plot_zq, profile, scores
+from .zq import LIMIT, cut_profiles, default_lags, plot_zq
+from .scores import error_budget, plot_calibration, scores
+from .verdicts import profile
 
 # %% ../nbs/60_evaluation.ipynb #f58a0f87
 @dataclass(frozen=True)
@@ -533,7 +537,7 @@ def _one_dimensional(run):
 def _teacher(run, k=0):
     """The nonparametric committor of seed k: fitted on the training part, stopped by the validation part, replayed
     on every block."""
-    from foldbook.committor import NonparametricCommittor, held_out
+    from foldbook.npne import NonparametricCommittor, held_out
     s, described, states, start = _load_split(run), _described(run), run.load('states'), time.perf_counter()
     few = [described.index(n) for n in run.config.teacher_features if n in described.names]
     features = [x[:, few or slice(None)] for x in run.load('features')]

@@ -1,4 +1,4 @@
-"""A student without memory leaves Python: for PLUMED as TorchScript, for anything as ONNX, for OpenMM as a force; each gives the same numbers and the same slopes, and a simulation is driven along the committor.
+"""A memoryless student leaves Python, for PLUMED, ONNX and OpenMM, and drives a simulation along the committor
 
 Docs: https://foldbook.github.io/foldbook/export.html.md"""
 

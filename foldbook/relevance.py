@@ -1,4 +1,4 @@
-"""Attention, gradients, integrated gradients and permutation ask four different questions of a student; each is checked where the answer is known, then drawn on a protein.
+"""Four methods ask four questions of a student; each is checked where the answer is known, then drawn on a protein
 
 Docs: https://foldbook.github.io/foldbook/relevance.html.md"""
 
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .committor import as_ensemble, check_states, log_loss, outcomes, previous_outcomes
+from .committor import as_ensemble, check_states, outcomes, previous_outcomes
+from .scores import log_loss
 from .features import ca_atoms, find_atoms
 from .networks import Windows
 from .zq import cut_profiles

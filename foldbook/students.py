@@ -1,4 +1,4 @@
-"""A Transformer teaches an LSTM, the LSTM teaches a network without memory, and that one teaches a formula of five terms; each is held to the same test, and its errors are taken apart.
+"""Large students teach small ones, down to a formula of five terms; the errors of each are taken apart
 
 Docs: https://foldbook.github.io/foldbook/students.html.md"""
 
@@ -24,7 +24,9 @@ from sklearn.linear_model import LogisticRegression, orthogonal_mp_gram
 
 from .base import check_choice, check_least, read_json, write_json
 from .committor import as_ensemble, check_states, clamp, count_transitions, outcomes
-from .zq import cut_profiles, error_budget, profile, scores
+from .zq import cut_profiles
+from .scores import error_budget, scores
+from .verdicts import profile
 
 log = logging.getLogger(__name__)
 

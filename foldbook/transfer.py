@@ -1,4 +1,4 @@
-"""A network whose tokens are residues learns the committor of one protein and is carried to another, without and with further training; $Z_q$ says how far it gets.
+"""A network whose tokens are residues is carried from one protein to another; $Z_q$ says how far it gets
 
 Docs: https://foldbook.github.io/foldbook/transfer.html.md"""
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from foldbook.committor import clamp, outcomes
-from foldbook.distill import (Distillation, Student, StudentOptions, hidden_layer, lambda_at, martingale_equations,
-                              recalibration, report, selection_score)
+from foldbook.distill import Distillation, Student, StudentOptions, hidden_layer, lambda_at, report, selection_score
+from foldbook.maps import martingale_equations, recalibration
 from foldbook.networks import ARCHITECTURES, CommittorNetwork, Windows, directions, doublings, predict
 from foldbook.objectives import (TARGETS, both_ends, interior_zq, lambda_return, loss_value, stopped, targets,
                                  variational)

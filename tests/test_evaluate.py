@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from foldbook import evaluate
-from foldbook.baselines import IsotonicCommittor
+from foldbook.maps import IsotonicCommittor
 from foldbook.evaluate import (Candidate, Config, Run, Split, choose, free_energy, judge, leaderboard, markdown_table,
                                over_seeds, read_leaderboard,
                                replacing, shooting_error, split, write_readme)

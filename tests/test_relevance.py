@@ -18,7 +18,7 @@ from foldbook.relevance import (Attributions, LogOdds, attention, block_error, c
                                 plot_chain, plot_contact_map, plot_importance, raw_windows, residue_groups,
                                 residue_values, transition_frames, view_structure)
 from foldbook.systems import lshape2d, persist1d
-from foldbook.zq import scores
+from foldbook.scores import scores
 
 FAST = dict(hidden=8, max_epochs=2, window=4, batch_size=256, components=None)
 

@@ -10,7 +10,9 @@ from foldbook.distill import Student
 from foldbook.features import Features
 from foldbook.students import Formula, card, error_anatomy, fit_weights, hand_down, pursue, white_errors
 from foldbook.systems import dw1d, lshape2d, persist1d
-from foldbook.zq import cut_profiles, error_budget, profile
+from foldbook.zq import cut_profiles
+from foldbook.scores import error_budget
+from foldbook.verdicts import profile
 
 
 def sampled(system, n_frames=100_000, n=1, seed=0):

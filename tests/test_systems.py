@@ -175,7 +175,8 @@ def test_the_filter_is_the_best_forecast_of_the_record(make):
     """It passes Z_q, its log-loss lies between those of the exact committor and of the average over one frame, and
     it does not read the future."""
     from foldbook.committor import clamp
-    from foldbook.zq import cut_profiles, scores
+    from foldbook.zq import cut_profiles
+    from foldbook.scores import scores
     s = make()
     paths = s.sample(100_000, 5, seed=32)
     S, q, r, frame = ([x[p] for p in paths] if x is not None else history_committor(s, paths)
