@@ -1,4 +1,4 @@
-"A student outside of Python: the same numbers and slopes through every door, input files that hold together, and free energies from biased samples."
+"A student outside of Python: the same numbers and slopes through every door, and free energies from biased samples."
 import json
 import re
 import warnings

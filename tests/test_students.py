@@ -1,4 +1,4 @@
-"Formulas, lines of students and the anatomy of their errors: properties, malformed input, peers, and the law of white errors on systems with a known committor."
+"Formulas, lines of students and the anatomy of their errors, on systems with a known committor."
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st

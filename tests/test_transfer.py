@@ -1,4 +1,4 @@
-"Residue tokens against mdtraj; students of residues: any length and order, causality, seeds, files, fine-tuning, bad input."
+"Residue tokens against mdtraj; students of residues: any length and order, causality, seeds, files, bad input."
 import mdtraj as md
 import numpy as np
 import pytest
@@ -336,9 +336,3 @@ def test_one_way_to_make_a_student():
                         (dict(architecture='residue', reach=3), 'reach is not an option of a student of architecture'),
                         (dict(architecture='lstm', hiden=3), 'hiden is not an option')):
         with pytest.raises(ValueError, match=cure): make_student(**wrong)
-
-
-def test_import_is_light():
-    import subprocess, sys
-    code = "import sys, foldbook.distill, foldbook.transfer; print([m for m in ('openmm', 'mdtraj') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
