@@ -63,11 +63,15 @@ def quick(**settings # that replace those of the quick configuration
          ) -> Config:
     "A configuration that takes about a minute."
     small = dict(max_frames=2500, n_bootstrap=30, baselines=('logistic', 'srv'),
-                 students=('lstm:martingale', 'transformer:martingale'), student_options=dict(max_epochs=15),
-                 teacher_options=dict(n_iterations=300))
-    return Config(**(small | settings))
+                 students=('lstm:martingale', 'transformer:martingale'), teacher_options=dict(n_iterations=300))
+    config = Config(**(small | settings))
+    if 'student_options' not in settings:
+        residue = [s.startswith('residue:') for s in config.students]
+        if not all(residue): config.student_options['max_epochs'] = 15
+        if any(residue): config.student_options['batches'] = 80
+    return config
 
-# %% ../nbs/60b_configuration.ipynb #001af035
+# %% ../nbs/60b_configuration.ipynb #e5c97cc7
 def _options(config, architecture):
     "Options of the students of one architecture."
     from foldbook.transfer import student_options
@@ -153,7 +157,7 @@ def _matching_shots(config, home, unfolded, folded):
     with np.load(path) as f: a, b = (float(f[k]) if k in f else v for k, v in (('unfolded', .25), ('folded', .8)))
     return path if (unfolded, folded) == (f'Q < {a:g}', f'Q > {b:g}') else None
 
-# %% ../nbs/60b_configuration.ipynb #183dbd96
+# %% ../nbs/60b_configuration.ipynb #6934195f
 def check(config: Config # what somebody wants to run
          ) -> Inputs: # its files
     """Refuse whatever cannot be right. Raises `FileNotFoundError` for a file and `ValueError` for an option, naming
@@ -173,7 +177,7 @@ def check(config: Config # what somebody wants to run
     _check_students(config)
     return inputs
 
-# %% ../nbs/60b_configuration.ipynb #5571b72f
+# %% ../nbs/60b_configuration.ipynb #651b13af
 def _check_students(config):
     "Make every student once, and see that somebody takes each option."
     from foldbook.transfer import student_options

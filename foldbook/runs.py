@@ -7,7 +7,7 @@ Docs: https://foldbook.github.io/foldbook/runs.html.md"""
 # %% auto #0
 __all__ = ['log', 'RunFiles', 'Run', 'train_student', 'train_baseline', 'Task', 'plan', 'run']
 
-# %% ../nbs/60c_runs.ipynb #ba702a14
+# %% ../nbs/60c_runs.ipynb #abb951c5
 import json
 import logging
 import re
@@ -35,7 +35,7 @@ from .zq import cut_profiles, default_lags, error_budget
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/60c_runs.ipynb #317b3a5a
+# %% ../nbs/60c_runs.ipynb #2a76266c
 class RunFiles:
     "What lies in a run directory, for tasks in any process."
     def __init__(self,
@@ -174,7 +174,7 @@ def _tokenize(path, inputs, i):
                   progress=False)[0][0]
     write_array(run.path/'tokens'/f'{i:03d}.npy', rule(x[:c.max_frames or None]))
 
-# %% ../nbs/60c_runs.ipynb #53c662f3
+# %% ../nbs/60c_runs.ipynb #dc0e0168
 def _each_file(run, inputs, folder, work, workers):
     "Do what is missing of a folder with one array a trajectory."
     here, inputs = run.path.resolve(), _absolute(inputs)
@@ -334,7 +334,7 @@ def _history(student):
     return {str(k): list(map(float, v))
             for k, v in h.select_dtypes('number').groupby('epoch').mean().reset_index().items() if k != 'member'}
 
-# %% ../nbs/60c_runs.ipynb #396c041f
+# %% ../nbs/60c_runs.ipynb #d3ab465a
 class Task(NamedTuple):
     "Something that is learned in one piece."
     name: str # of its mark
