@@ -17,8 +17,6 @@ from typing import Annotated, Optional
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..base import natural_order
-
 # %% ../../nbs/61_command_line.ipynb #9f6bc2fc
 class Group(TyperGroup):
     "Commands whose errors are one line on stderr and exit code 2, unless `--debug` is given."
@@ -54,6 +52,7 @@ def expand(patterns: list # names and patterns
           ) -> list: # of names, those of a pattern in natural order
     "Files of a list of names and patterns. Raises `FileNotFoundError` for a pattern that matches nothing."
     import glob
+    from foldbook.base import natural_order
     files = []
     for p in patterns:
         found = natural_order(glob.glob(p)) if any(c in p for c in '*?[') else [p]

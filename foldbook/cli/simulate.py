@@ -8,13 +8,12 @@ Docs: https://foldbook.github.io/foldbook/cli_simulate.html.md"""
 __all__ = ['simulate_app', 'simulate_go', 'simulate_scan', 'simulate_equilibrium', 'simulate_peptide', 'simulate_smd',
            'simulate_benchmark', 'shoot']
 
-# %% ../../nbs/61c_cli_simulate.ipynb #7ed0bd9d
+# %% ../../nbs/61c_cli_simulate.ipynb #d9d5bab8
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from ..base import natural_order
 from .core import Group, Out, Processes, Scheduler, Seed, app, bars, client_of
 
 # %% ../../nbs/61c_cli_simulate.ipynb #872ec093
@@ -320,6 +319,7 @@ def shoot(data: Annotated[str, typer.Argument(help='Directory that foldbook simu
 # %% ../../nbs/61c_cli_simulate.ipynb #249d7b1e
 def _ensemble_of(data):
     "Directory, model and trajectories of a simulated or shipped data set."
+    from foldbook.base import natural_order
     from foldbook.simulation import GoModel, shipped_model
     home = Path(data)
     if not home.is_dir():

@@ -188,9 +188,9 @@ td,th{{text-align:right;padding:.1em .8em}}img{{max-width:100%}}</style>
 <h2>How to read this</h2>
 <p>The committor is the probability that the molecule, as it stands in a frame, reaches state B before state A. It is
 the best possible description of progress by one number. If a coordinate is the committor, betting on it is a fair
-game: over any span of time it gains as often as it loses. Z_q adds up these gains and losses over all frames, sorted by the
-coordinate. For a fair game the curve is level, at the number N_AB of transitions from A to B, for every span (lag); the
-grey band holds 95 % of the curves of true committors.</p>
+game: over any span of time it gains as often as it loses. Z_q adds up these gains and losses over all frames, sorted
+by the coordinate. For a fair game the curve is level, at the number N_AB of transitions from A to B, for every span
+(lag); the grey band holds 95 % of the curves of true committors.</p>
 <p>Above one at short lags: the coordinate moves too much (something slow is missing, or noise). Below one: it moves too
 little (averaging). Tilted or bent: its values are not probabilities. T_max is the largest distance from one in units of
 chance; up to {limit:g} may be chance.</p>
