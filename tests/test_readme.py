@@ -24,6 +24,19 @@ def test_leaderboard_is_that_of_the_run():
     assert len(board['rows']) >= 8
 
 
+@pytest.mark.slow
+def test_seed_0_of_the_leaderboard_comes_out_again(tmp_path):
+    "The whole main job: every number of its table is the stored one of the first of five seeds."
+    from foldbook.config import Config
+    from foldbook.runs import run
+    table = run(Config(), tmp_path/'run').set_index('coordinate')
+    stored = {r['coordinate']: r for r in json.loads((ROOT/'data'/'leaderboard_villin_go.json').read_text())['rows']}
+    assert set(table.index) == set(stored)
+    for name, row in stored.items():
+        first = {k: row[f'{k}_seeds'][0] for k in ('t_max', 'log_loss', 'auc', 'rmse')}
+        np.testing.assert_allclose([table.loc[name, k] for k in first], list(first.values()), rtol=1e-3, err_msg=name)
+
+
 def test_a_fresh_clone_can_run():
     "A run refuses a directory that is not empty, so none may be committed."
     assert not subprocess.run(['git', 'ls-files', 'runs'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
