@@ -193,17 +193,17 @@ def new_featurizer(config: Config,
                    inputs: Inputs
                   ):
     "What turns frames into the columns of a run."
-    from foldbook import features as ft
-    return ft.named(config.features, ft.load_native(inputs.native), ft.model_contacts(inputs.topology))
+    from foldbook.features import load_native, model_contacts, named
+    return named(config.features, load_native(inputs.native), model_contacts(inputs.topology))
 
 def _check_expressions(config, inputs):
     "Names of features and the two conditions, on the native structure."
-    from foldbook import features as ft
+    from foldbook.features import load_native
     featurizer = new_featurizer(config, inputs)
     if missing := {'Q', 'RMSD'} - set(featurizer.features.names):
         raise ValueError(f'features {config.features!r} lack {", ".join(sorted(missing))}, which the leaderboard '
                          f'compares with')
-    frame = np.asarray(featurizer(ft.load_native(inputs.native)), np.float32)
+    frame = np.asarray(featurizer(load_native(inputs.native)), np.float32)
     for option, e in (('--unfolded', inputs.unfolded), ('--folded', inputs.folded)):
         if evaluate([frame], featurizer.features, e)[0].dtype != bool:
             raise ValueError(f'{option} {e!r} is not a condition on a feature; compare a column with a number')

@@ -157,21 +157,21 @@ def _check_same_files(run, inputs):
 # %% ../nbs/60c_runs.ipynb #ef4a32cf
 def _featurize(path, inputs, i):
     "Features of one trajectory."
-    from foldbook import features as ft
+    from foldbook.features import stream
     run = RunFiles(path)
     c, featurizer = run.config, new_featurizer(run.config, inputs)
-    x = ft.stream([inputs.files[i]], inputs.topology, featurizer, stride=c.stride, periodic=c.periodic,
-                  progress=False)[0][0]
+    x = stream([inputs.files[i]], inputs.topology, featurizer, stride=c.stride, periodic=c.periodic,
+               progress=False)[0][0]
     write_array(run.path/'features'/f'{i:03d}.npy', x[:c.max_frames or None])
 
 def _tokenize(path, inputs, i):
     "Residue tokens of one trajectory."
-    from foldbook import features as ft
+    from foldbook.features import model_contacts, stream
     from foldbook.transfer import ResidueTokens
     run = RunFiles(path)
-    c, rule = run.config, ResidueTokens(inputs.native, ft.model_contacts(inputs.topology))
-    x = ft.stream([inputs.files[i]], inputs.topology, rule.featurizer, stride=c.stride, periodic=c.periodic,
-                  progress=False)[0][0]
+    c, rule = run.config, ResidueTokens(inputs.native, model_contacts(inputs.topology))
+    x = stream([inputs.files[i]], inputs.topology, rule.featurizer, stride=c.stride, periodic=c.periodic,
+               progress=False)[0][0]
     write_array(run.path/'tokens'/f'{i:03d}.npy', rule(x[:c.max_frames or None]))
 
 # %% ../nbs/60c_runs.ipynb #dc0e0168

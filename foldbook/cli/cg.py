@@ -47,20 +47,20 @@ def cg_prior(sources: _Sources,
                  help='Numbers of residues: protein-thermodynamics or torchmd-cg.')]='protein-thermodynamics',
              yaml: Annotated[Optional[Path], typer.Option(help="Write the prior in the authors' layout too.")]=None):
     "Fit a prior by Boltzmann inversion and show the fit ranges."
-    from foldbook import cg
     from foldbook.base import writing
-    if table not in cg.TABLES: raise ValueError(f'--table {table}: there are {", ".join(cg.TABLES)}')
+    from foldbook.cg import FITS, TABLES, Potential, fit_prior, plot_inversions, write_prior
+    if table not in TABLES: raise ValueError(f'--table {table}: there are {", ".join(TABLES)}')
     chains = _forces(sources, every, beads)
     terms = dict(bonds={}, repulsion={}, angles=dict(minimum=200),
                  dihedrals=dict(waves=3, minimum=200)) if angles else None
-    prior, fits = cg.fit_prior(chains, temperature, terms, damping)
-    cg.Potential(prior, cg.TABLES[table], temperature=temperature).save(out)
-    if yaml: cg.write_prior(prior, yaml)
+    prior, fits = fit_prior(chains, temperature, terms, damping)
+    Potential(prior, TABLES[table], temperature=temperature).save(out)
+    if yaml: write_prior(prior, yaml)
     shown = [f for f in fits if f.term in ('angles', 'dihedrals') or f.key == '*'] or fits[:8]
     with writing(out/'ranges.png') as temporary:
-        cg.plot_inversions(shown).flat[0].figure.savefig(temporary, format='png', dpi=110)
+        plot_inversions(shown).flat[0].figure.savefig(temporary, format='png', dpi=110)
     print(f'{sum(map(len, chains))} frames of {len(chains)} trajectories -> {out}: '
-          f'{", ".join(f"{sum(f.term == t for f in fits)} {t}" for t in cg.FITS)}; fit ranges in ranges.png')
+          f'{", ".join(f"{sum(f.term == t for f in fits)} {t}" for t in FITS)}; fit ranges in ranges.png')
 
 # %% ../../nbs/61e_cli_cg.ipynb #c9cg0004
 @cg_app.command('train', epilog='Examples: [bold]foldbook cg train chignolin --prior chignolin --paper --out '
@@ -82,19 +82,19 @@ def cg_train(sources: _Sources,
              devices: Annotated[int, typer.Option(min=1, help='Several: data parallel.')]=1):
     "Match a network to the forces that the prior leaves; stopped and started again, it goes on."
     import torch
-    from foldbook import cg
+    from foldbook.cg import SIZES, MatchOptions, Potential, SchNet, loss_table, match
     if paper: size, epochs, batch_size, learning_rate = '128x4', 100, 256, 5e-4
-    if size not in cg.SIZES: raise ValueError(f'--size {size}: there are {", ".join(cg.SIZES)}')
-    p, chains = cg.Potential.load(prior), _forces(sources, every, beads)
+    if size not in SIZES: raise ValueError(f'--size {size}: there are {", ".join(SIZES)}')
+    p, chains = Potential.load(prior), _forces(sources, every, beads)
     torch.manual_seed(seed)
-    p.network = cg.SchNet(max(p.table.values()), **cg.SIZES[size], lower=lower, upper=upper)
+    p.network = SchNet(max(p.table.values()), **SIZES[size], lower=lower, upper=upper)
     cut = lambda d, a, b: d[int(a*len(d)):int(b*len(d))]
-    options = cg.MatchOptions(learning_rate, batch_size=batch_size, max_epochs=epochs, seed=seed,
-                              accelerator=accelerator, devices=devices, **({} if paper else dict(plateau=2)))
-    cg.match(p, [cut(d, 0, .85) for d in chains], [cut(d, .85, .9) for d in chains], options, out/'training',
+    options = MatchOptions(learning_rate, batch_size=batch_size, max_epochs=epochs, seed=seed,
+                           accelerator=accelerator, devices=devices, **({} if paper else dict(plateau=2)))
+    match(p, [cut(d, 0, .85) for d in chains], [cut(d, .85, .9) for d in chains], options, out/'training',
              bars())
     p.save(out)
-    rest = cg.loss_table(cut(chains[-1], .9, 1), {'prior': cg.Potential(p.prior, p.table), 'network': p}).share
+    rest = loss_table(cut(chains[-1], .9, 1), {'prior': Potential(p.prior, p.table), 'network': p}).share
     print(f'{sum(map(len, chains))} frames -> {out}: share of the variance on the last tenth of the last trajectory: '
           f'prior {rest["prior"]:.4f}, with the network {rest["network"]:.4f}')
 
@@ -138,13 +138,14 @@ def cg_simulate(model: Annotated[Path, typer.Argument(help='Directory that foldb
     "Run a potential in many replicas; stopped and started again, it goes on."
     from dataclasses import replace
     import mdtraj
-    from foldbook import cg, cgsim
-    p, frames = cg.Potential.load(model), mdtraj.join(_bead_frames(traj, top))
-    names = cgsim.mutated(tuple(r.name for r in frames.topology.residues), *(mutate or []))
+    from foldbook.cg import Potential
+    from foldbook.cgsim import PAPER, RunOptions, mutated, run_beads
+    p, frames = Potential.load(model), mdtraj.join(_bead_frames(traj, top))
+    names = mutated(tuple(r.name for r in frames.topology.residues), *(mutate or []))
     T = tuple(temperature) if temperature else (p.temperature or 350.,)
-    o = replace(cgsim.PAPER, seed=seed, device=device) if paper else cgsim.RunOptions(T[0] if len(T) == 1 else T,
+    o = replace(PAPER, seed=seed, device=device) if paper else RunOptions(T[0] if len(T) == 1 else T,
         friction, time_step/1000, mass, steps, every, inner, exchange=int(len(T) > 1), seed=seed, device=device)
-    run = cgsim.run_beads(p, names, [frames.xyz[k*len(frames)//replicas] for k in range(replicas)], o, out,
+    run = run_beads(p, names, [frames.xyz[k*len(frames)//replicas] for k in range(replicas)], o, out,
                           bars())
     if p.network is not None: note(f'a network of {p.n_parameters:,} parameters')
     swaps = f', {run.exchanges[0]/run.exchanges[1]:.0%} of exchanges accepted' if run.exchanges[1] else ''
@@ -167,17 +168,17 @@ def cg_compare(run: Annotated[Path, typer.Argument(help='Directory that foldbook
                states: Annotated[int, typer.Option(min=2, help='Macrostates.')]=2,
                clusters: Annotated[int, typer.Option(min=2, help='Of the Markov models.')]=100):
     "Set a run beside its reference, with the floor in the first line."
-    from foldbook import cgsim
     from foldbook.base import writing
-    reference, native, r = [t.xyz for t in _bead_frames(traj, top)], _bead_frames([top], top)[0][0], cgsim.Run.load(run)
+    from foldbook.cgsim import Run, compare, fit_landscape, plot_surfaces
+    reference, native, r = [t.xyz for t in _bead_frames(traj, top)], _bead_frames([top], top)[0][0], Run.load(run)
     if r.names[0] != tuple(a.name for a in native.topology.residues):
         note('the run is of another sequence than --top: a mutant')
-    L = cgsim.fit_landscape(reference, native, lag, states, n_clusters=clusters)
+    L = fit_landscape(reference, native, lag, states, n_clusters=clusters)
     frames = [x for k in range(len(r)) if len(x := r.frames(k, drop=drop).xyz)]
-    table, s = cgsim.compare(L, reference, {'run': frames}, {'run': run_lag} if run_lag else None)
+    table, s = compare(L, reference, {'run': frames}, {'run': run_lag} if run_lag else None)
     with writing(out/'comparison.csv') as temporary: table.to_csv(temporary)
     with writing(out/'surfaces.png') as temporary:
-        axes = cgsim.plot_surfaces(L, {k: s[k] for k in ('reference', 'run')})
+        axes = plot_surfaces(L, {k: s[k] for k in ('reference', 'run')})
         axes[0].figure.savefig(temporary, format='png', dpi=110)
     print(table.T.to_string(float_format=lambda v: f'{v:.3f}'))
     print(f'{out}/comparison.csv, surfaces.png; JS in nats, free energies in kT')

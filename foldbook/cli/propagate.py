@@ -37,21 +37,21 @@ def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='T
              periodic: Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]=False,
              out: Out=Path('runs/forecast/default'), seed: Seed=0, workers: Processes=None, scheduler: Scheduler=''):
     "Forecast the motion of atoms, and say how much better than nothing it is."
-    from foldbook import forecast as fc
     from foldbook.data import fetch
+    from foldbook.forecast import FORECASTERS, LEADS, NETWORKS, compare, read_positions, show_table, write_report
     if bool(traj) != bool(top):
         raise ValueError('--traj and --top go together: the trajectories and a structure with the same atoms')
     if not traj: shipped = fetch(data, progress=bars())
     files, names = (expand(traj), top) if traj else (shipped.trajectories, shipped.topology)
-    series, step = fc.read_positions(files, names, atoms, stride, periodic, bars())
-    models = tuple(fc.FORECASTERS) if model and 'all' in model else ('mean', 'shrink', 'ar', *(model or ['lstm']))
-    options = {m: dict(seed=seed) for m in models if m in fc.NETWORKS}
-    result = fc.compare(series, tuple(dict.fromkeys(lead or fc.LEADS)), models, history, align, options, out,
-                        client_of(scheduler), workers, bars())
-    table = fc.write_report(result, out, step)
+    series, step = read_positions(files, names, atoms, stride, periodic, bars())
+    models = tuple(FORECASTERS) if model and 'all' in model else ('mean', 'shrink', 'ar', *(model or ['lstm']))
+    options = {m: dict(seed=seed) for m in models if m in NETWORKS}
+    result = compare(series, tuple(dict.fromkeys(lead or LEADS)), models, history, align, options, out,
+                     client_of(scheduler), workers, bars())
+    table = write_report(result, out, step)
     print(f'{len(series)} trajectories, {series[0].shape[1]} atoms, {step:g} ps a frame; RMSD over that of the static '
           f'forecast, with bootstrap error:')
-    print(fc.show_table(table).to_string())
+    print(show_table(table).to_string())
     print('one-frame optimum:', ', '.join(f'lead {l} {v:.3f}' for l, v in result.optimum.items()))
     print(f'{out}/forecast.csv, ratios.png, errors.png, and the forecasters in lead-*/')
 
