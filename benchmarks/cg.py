@@ -5,7 +5,7 @@ import torch
 
 from foldbook import cg
 from foldbook.data import fetch
-from foldbook.sources import ANGSTROM
+from foldbook.base import ANGSTROM
 
 BATCH = 32
 

@@ -38,7 +38,8 @@ from .committor import replacing
 from .distill import _digest
 from .forecast import quiet
 from .simulation import BOLTZMANN
-from .sources import ANGSTROM, BEADS, FORCE
+from .base import ANGSTROM, FORCE
+from .sources import BEADS
 
 # %% ../nbs/50_cg_potentials.ipynb #c50b0001
 _first = dict(ALA=1, GLY=2, PHE=3, TYR=4, ASP=5, GLU=6, TRP=7, PRO=8, ASN=9, GLN=10, HIS=11, SER=12, THR=13, VAL=14,

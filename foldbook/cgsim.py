@@ -31,7 +31,8 @@ from .data import fetch
 from .distill import _digest
 from .forecast import quiet
 from .simulation import BOLTZMANN, derived_seed, shipped_model
-from .sources import ca_chain, load
+from .frames import ca_chain
+from .sources import load
 
 # %% ../nbs/51_cg_simulation.ipynb #c51b0001
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, pad
 import foldbook.cg as cg
 from foldbook.cg import ForceData, MatchOptions, Potential, Prior, SchNet
 from foldbook.simulation import BOLTZMANN
-from foldbook.sources import FORCE
+from foldbook.base import FORCE
 
 TABLE = cg.TABLES['protein-thermodynamics']
 NAMES = 'TYR ASP PRO GLU THR GLY TRP ALA LEU ILE'.split()

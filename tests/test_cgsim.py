@@ -19,7 +19,7 @@ import foldbook.cg as cg
 import foldbook.cgsim as cgsim
 from foldbook.cgsim import Langevin, Noise, Run, RunOptions, run_beads
 from foldbook.simulation import BOLTZMANN
-from foldbook.sources import ca_chain
+from foldbook.frames import ca_chain
 from test_cg import NAMES, TABLE, full_prior, zigzag
 
 KT = BOLTZMANN*350
