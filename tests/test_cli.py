@@ -167,7 +167,7 @@ def test_zq_writes_json_and_figure(series, inside):
 def test_zq_reads_a_column_of_a_table(series, inside):
     done = inside('zq', 'colvar:2', '--states', 'colvar_flags.txt', '--bootstrap', '0', cwd=series)
     assert done.returncode == 0 and 'verdict: pass' in done.stdout
-    from foldbook.cli.zq import read_series
+    from foldbook.frames import read_series
     with pytest.raises(FileNotFoundError, match='nothing.npy'): read_series('nothing.npy')
     np.testing.assert_allclose(read_series(series/'colvar:1')[:3], [0, 0.2, 0.4])
 

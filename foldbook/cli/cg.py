@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import Group, Lists, Out, Seed, app, bars, expand, note
+from .core import Group, Lists, Out, Seed, app, bars, note
 
 # %% ../../nbs/61e_cli_cg.ipynb #c9cg0001
 cg_app = typer.Typer(cls=Group, no_args_is_help=True, help='Coarse-grained potentials: prior, train, simulate, '
@@ -101,9 +101,8 @@ def cg_train(sources: _Sources,
 # %% ../../nbs/61e_cli_cg.ipynb #c9cg0006
 def _bead_frames(files, top):
     "C-alpha frames of trajectory or structure files."
-    import mdtraj
-    t = [mdtraj.load(str(f)) if str(f).endswith('.pdb') else mdtraj.load(str(f), top=str(top or files[0]))
-         for f in expand(files)]
+    from foldbook.frames import find_files, read_trajectory
+    t = [read_trajectory(f, None if str(f).endswith('.pdb') else top or files[0]) for f in find_files(files)]
     ca = t[0].topology.select('name CA')
     if not len(ca): raise ValueError(f'{files[0]}: no C-alpha atom')
     return [x.atom_slice(ca) for x in t]

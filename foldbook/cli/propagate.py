@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import Group, Lists, Out, Processes, Scheduler, Seed, app, bars, client_of, expand
+from .core import Group, Lists, Out, Processes, Scheduler, Seed, app, bars, client_of
 
 # %% ../../nbs/61d_cli_propagate.ipynb #f0c20b
 @app.command(cls=Lists, epilog='Examples: [bold]foldbook forecast[/bold] is chignolin at rest, by an LSTM.\n'
@@ -39,10 +39,11 @@ def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='T
     "Forecast the motion of atoms, and say how much better than nothing it is."
     from foldbook.data import fetch
     from foldbook.forecast import FORECASTERS, LEADS, NETWORKS, compare, read_positions, show_table, write_report
+    from foldbook.frames import find_files
     if bool(traj) != bool(top):
         raise ValueError('--traj and --top go together: the trajectories and a structure with the same atoms')
     if not traj: shipped = fetch(data, progress=bars())
-    files, names = (expand(traj), top) if traj else (shipped.trajectories, shipped.topology)
+    files, names = (find_files(traj), top) if traj else (shipped.trajectories, shipped.topology)
     series, step = read_positions(files, names, atoms, stride, periodic, bars())
     models = tuple(FORECASTERS) if model and 'all' in model else ('mean', 'shrink', 'ar', *(model or ['lstm']))
     options = {m: dict(seed=seed) for m in models if m in NETWORKS}
@@ -63,14 +64,15 @@ propagate_app = typer.Typer(cls=Group, no_args_is_help=True, help='A stochastic 
 app.add_typer(propagate_app, name='propagate')
 
 def _trajectories(patterns, top='', stride=1): # of files with their own topology, or with that of `top`
-    import mdtraj
-    return [mdtraj.load(str(f), **({'top': top} if top else {}))[::stride] for f in expand(patterns)]
+    from foldbook.frames import find_files, read_trajectory
+    return [read_trajectory(f, top or None, stride) for f in find_files(patterns)]
 
 def _motions(systems, stride): # name -> Motion
+    from foldbook.frames import find_files
     from foldbook.propagator import motion
     found = {}
     for pattern in systems:
-        name = Path(expand([pattern])[0]).stem.rsplit('-', 1)[0]
+        name = Path(find_files([pattern])[0]).stem.rsplit('-', 1)[0]
         if name in found: raise ValueError(f'--system {pattern}: another system is called {name} too; name files apart')
         found[name] = motion(_trajectories([pattern], stride=stride))
     return found

@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import Group, Lists, app, bars, client_of, expand
+from .core import Group, Lists, app, bars, client_of
 
 # %% ../../nbs/61b_cli_run.ipynb #4a84c80c
 def _console():
@@ -97,9 +97,10 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
                                                             'the figure beside it.')]=None):
     "Features, teacher, students, judgement and report: the main job."
     from foldbook.config import Config, quick as quick_config
+    from foldbook.frames import find_files
     from foldbook.report import write_readme
     from foldbook.runs import run
-    settings = dict(data=data, trajectories=tuple(expand(traj or [])), topology=top or '', native=native,
+    settings = dict(data=data, trajectories=tuple(map(str, find_files(traj or []))), topology=top or '', native=native,
                     features=features, periodic=periodic, unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
                     split_seed=split_seed, seed=seed, shooting=shooting, seeds=seeds, stride=stride)
     if students: settings['students'] = tuple(students.split(','))
@@ -129,9 +130,10 @@ def features(traj: Annotated[list[str], typer.Option('--traj', help='Trajectory 
     "Turn trajectories into arrays of features."
     from foldbook.base import write_array, write_text
     from foldbook.features import load_native, model_contacts, named, stream
+    from foldbook.frames import find_files
     featurizer = named(kinds, load_native(native or top), model_contacts(top))
     if not out: return print(featurizer.features.describe().to_string(max_colwidth=60))
-    for i, f in enumerate(expand(traj)):
+    for i, f in enumerate(find_files(traj)):
         x = stream([f], top, featurizer, periodic=periodic, progress=bars())[0][0]
         write_array(out/f'{i:03d}.npy', x)
         print(f'{f}: {x.shape[0]} frames x {x.shape[1]} features -> {out/f"{i:03d}.npy"}')
