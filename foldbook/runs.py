@@ -361,7 +361,7 @@ def _learn(run, tasks, workers, progress):
     waiting = {t.name: t for t in tasks if not run.done(t.name)}
     for t in tasks:
         if t.name not in waiting: run.say(f'{t.name}: done before')
-    if waiting: run.say(f'training {", ".join(waiting)}')
+    if waiting: run.say(_announced(list(waiting.values()), workers))
     def give_out():
         for t in [t for t in waiting.values() if all(map(run.done, t.needs))]:
             workers.submit(t.name, _noted, run.path.resolve(), waiting.pop(t.name))
@@ -373,6 +373,13 @@ def _learn(run, tasks, workers, progress):
             bar.update()
             give_out()
     return {slug: c for t in tasks for slug, c in run.note(t.name)['candidates'].items()}
+
+def _announced(tasks, workers):
+    "Which students and rivals will be trained, and how many at a time."
+    names = dict.fromkeys(t.arguments[0] for t in tasks if t.work in (train_student, train_baseline))
+    at_once = 1 if workers.here else sum(workers.client.nthreads().values())
+    several = f' ({len(tasks)} tasks in all)' if len(tasks) > len(names) else ''
+    return f'training {", ".join(names) or "nothing"}{several}, {min(at_once, len(tasks))} at a time'
 
 def _noted(path, task):
     "What one worker does: the task, and its time."
