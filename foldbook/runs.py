@@ -379,7 +379,7 @@ def _announced(tasks, workers):
     names = dict.fromkeys(t.arguments[0] for t in tasks if t.work in (train_student, train_baseline))
     at_once = 1 if workers.here else sum(workers.client.nthreads().values())
     several = f' ({len(tasks)} tasks in all)' if len(tasks) > len(names) else ''
-    return f'training {", ".join(names) or "nothing"}{several}, {min(at_once, len(tasks))} at a time'
+    return f'training {", ".join(names) or "maps and teachers"}{several}, {min(at_once, len(tasks))} at a time'
 
 def _noted(path, task):
     "What one worker does: the task, and its time."
