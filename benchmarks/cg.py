@@ -1,11 +1,13 @@
-"Energies and forces a CPU second: this book's network against TorchMD-NET's graph network of the same size and its TensorNet, on the same frames, one thread."
+"""Energies and forces a CPU second: this book's network against TorchMD-NET's graph network of the same size and its
+TensorNet, on the same frames, one thread."""
 import time
 
 import torch
 
 from foldbook import cg
+from foldbook.base import ANGSTROM
 from foldbook.data import fetch
-from foldbook.sources import ANGSTROM
+from foldbook.matching import torchmdnet
 
 BATCH = 32
 
@@ -24,7 +26,7 @@ def rate(network, types, x, mask, repeats=5):
 
 def theirs(model, width, layers):
     "A network of TorchMD-NET with the settings of the paper, or None where it is not installed."
-    try: return cg.torchmdnet(model, width, layers)
+    try: return torchmdnet(model, width, layers)
     except ImportError as e: print(e)
 
 

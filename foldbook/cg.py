@@ -21,6 +21,7 @@ import mdtraj as md
 import numpy as np
 import torch
 import yaml
+from fastcore.basics import patch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
@@ -391,7 +392,7 @@ def plot_inversions(fits: list,     # of `Inversion`
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0024
 ONE_LETTER = dict(ALA='A', CYS='C', ASP='D', GLU='E', PHE='F', GLY='G', HIS='H', ILE='I', LYS='K', LEU='L', MET='M',
-               ASN='N', PRO='P', GLN='Q', ARG='R', SER='S', THR='T', VAL='V', TRP='W', TYR='Y', NLE='O')
+                  ASN='N', PRO='P', GLN='Q', ARG='R', SER='S', THR='T', VAL='V', TRP='W', TYR='Y', NLE='O')
 _NAME = {f'CA{v}': k for k, v in ONE_LETTER.items()}
 
 def read_prior(path: str|Path # YAML in the layout of torchmd-protein-thermodynamics
@@ -402,9 +403,10 @@ def read_prior(path: str|Path # YAML in the layout of torchmd-protein-thermodyna
         raise ValueError(f'{path}: has no sections bonds and lj; it is not a prior of this layout')
     key = lambda text: tuple(_NAME[a.strip()] for a in text.strip('() ').split(','))
     try:
+        waves = [_waves(v) for v in (d.get('dihedrals') or {}).values()]
         return Prior({key(k): (v['k0']*10*FORCE, v['req']*ANGSTROM) for k, v in d['bonds'].items()},
                      {_NAME[k]: v['epsilon']*(v['sigma']*ANGSTROM)**6*KCAL for k, v in d['lj'].items()},
-                     dihedrals={'*': _waves(v) for v in list((d.get('dihedrals') or {}).values())[-1:]})
+                     dihedrals={'*': waves[-1]} if waves else {})
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{path}: {e} is missing or unknown; compare with a file of the authors') from e
 
@@ -585,30 +587,31 @@ class Potential(nn.Module):
         "Weights of the network."
         return sum(p.numel() for p in self.parameters())
 
-    def save(self, directory: str|Path):
-        "Write `potential.json` and the weights beside it. Raises TypeError for a network that is no `SchNet`."
-        if self.network is not None and not isinstance(self.network, SchNet):
-            raise TypeError(f'only a SchNet can be saved, not a {type(self.network).__name__}; save that network by '
-                            f'its own program')
-        path = Path(directory)/'potential.json'
-        prior = self.prior and {k: _spelled(v) if isinstance(v, dict) else v for k, v in vars(self.prior).items()}
-        if self.network is not None: write_tensors(path.with_suffix('.safetensors'), self.network.state_dict())
-        write_json(path, dict(prior=prior, table=self.table, network=self.network and self.network.options,
-                              temperature=self.temperature, history=self.history))
-
-    @classmethod
-    def load(cls, directory: str|Path) -> 'Potential':
-        "Read what `save` wrote. Raises FileNotFoundError where there is nothing."
-        path = Path(directory)/'potential.json'
-        if not path.exists(): raise FileNotFoundError(f'{path}: no potential was saved here')
-        card = read_json(path)
-        prior = card['prior'] and Prior(**{k: _read_table(v) if isinstance(v, list) else v
-                                           for k, v in card['prior'].items()})
-        network = card['network'] and SchNet(**card['network'])
-        if network: network.load_state_dict(read_tensors(path.with_suffix('.safetensors'))[0])
-        return cls(prior, card['table'], network, card['temperature'], card['history'])
-
 # %% ../nbs/50_cg_potentials.ipynb #c50e0007
+@patch
+def save(self: Potential, directory: str|Path):
+    "Write `potential.json` and the weights beside it. Raises TypeError for a network that is no `SchNet`."
+    if self.network is not None and not isinstance(self.network, SchNet):
+        raise TypeError(f'only a SchNet can be saved, not a {type(self.network).__name__}; save that network by '
+                        f'its own program')
+    path = Path(directory)/'potential.json'
+    prior = self.prior and {k: _spelled(v) if isinstance(v, dict) else v for k, v in vars(self.prior).items()}
+    if self.network is not None: write_tensors(path.with_suffix('.safetensors'), self.network.state_dict())
+    write_json(path, dict(prior=prior, table=self.table, network=self.network and self.network.options,
+                          temperature=self.temperature, history=self.history))
+
+@patch(cls_method=True)
+def load(cls: Potential, directory: str|Path) -> Potential:
+    "Read what `save` wrote. Raises FileNotFoundError where there is nothing."
+    path = Path(directory)/'potential.json'
+    if not path.exists(): raise FileNotFoundError(f'{path}: no potential was saved here')
+    card = read_json(path)
+    prior = card['prior'] and Prior(**{k: _read_table(v) if isinstance(v, list) else v
+                                       for k, v in card['prior'].items()})
+    network = card['network'] and SchNet(**card['network'])
+    if network: network.load_state_dict(read_tensors(path.with_suffix('.safetensors'))[0])
+    return cls(prior, card['table'], network, card['temperature'], card['history'])
+
 def _spelled(table): return [[list(k) if isinstance(k, tuple) else k, v] for k, v in table.items()]
 def _read_table(pairs): return {_tuples(k): _tuples(v) for k, v in pairs}
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
