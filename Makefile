@@ -7,10 +7,12 @@ WORKERS ?= 2
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test docs lab readme clean
+.PHONY: help run test test-slow lint docs lab readme clean
 help:
 	@echo "make run    learn, distil, judge and report on the shipped folding data -> runs/$(NAME)/report.html (ARGS=\"--quick\" for a taste)"
 	@echo "make test   every chapter and every test, $(WORKERS) files at a time (WORKERS=4 on four cores)"
+	@echo "make test-slow the long tests and every slow cell in order: hours; the stored results in data/ are written anew"
+	@echo "make lint   ruff's checks"
 	@echo "make docs   render the book with Quarto -> _docs/"
 	@echo "make lab    open the chapters in JupyterLab"
 	@echo "make readme five seeds on both proteins; the leaderboards in data/, and README.md with its figure, are written anew"
@@ -40,13 +42,24 @@ test: .venv/.ready
 	@echo "Running every chapter and every test"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+test-slow: .venv/.ready
+	@echo "Running the slow cells chapter by chapter, then the slow tests: hours"
+	@$(BIN)/nbdev-test --flags slow --n-workers 0 --cell-timeout 0
+	@$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: .venv/.ready
+	@$(BIN)/ruff check
+
 docs: .venv/.ready
 	@command -v quarto > /dev/null || { echo "make docs needs Quarto 1.7 or newer: install it from https://quarto.org/docs/get-started or with: $(BIN)/pip install -e '.[docs]'"; exit 1; }
 	@echo "Rendering the book into _docs/"
 	@$(BIN)/nbdev-docs
 
+# nbdev-install-hooks writes Jupyter's save hook below HOME: here HOME is this repository, so that the user's own configuration stays as it is.
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/.jupyter
 lab: .venv/.ready
-	@$(BIN)/nbdev-install-hooks
+	@echo "nbdev's hooks clean notebooks when they are saved and merged. They are written to .jupyter/, .git/, .gitconfig and .gitattributes here; your ~/.jupyter stays as it is"
+	@HOME="$(CURDIR)" $(BIN)/nbdev-install-hooks
 	@$(BIN)/jupyter lab nbs
 
 clean:

@@ -6,18 +6,23 @@ Docs: https://foldbook.github.io/foldbook/base.html.md"""
 
 # %% auto #0
 __all__ = ['BOLTZMANN', 'ANGSTROM', 'KCAL', 'FORCE', 'writing', 'jsonable', 'write_text', 'write_json', 'read_json',
-           'write_array', 'write_arrays', 'read_arrays', 'write_tensors', 'read_tensors', 'natural_order', 'digest',
-           'file_digest', 'claim', 'Pieces', 'check_choice', 'check_least', 'derived_seed']
+           'write_array', 'write_arrays', 'read_arrays', 'write_tensors', 'read_tensors', 'natural_order', 'versions',
+           'provenance', 'write_result', 'digest', 'file_digest', 'claim', 'Pieces', 'check_choice', 'check_least',
+           'derived_seed']
 
 # %% ../nbs/05_base.ipynb #cdab4694
 import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
-from contextlib import contextmanager
+import subprocess
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +48,7 @@ def writing(path: str | Path):  # yields a temporary path in the same directory,
 
 # %% ../nbs/05_base.ipynb #a3dcc73a
 def jsonable(v):
-    """The same value in what json knows: dataclasses and arrays as dicts and lists, paths as text, nan and infinity
-    as null."""
+    "The value in what json knows: dataclasses and arrays as dicts and lists, paths as text, nan and infinity as null."
     if is_dataclass(v) and not isinstance(v, type): v = asdict(v)
     if isinstance(v, dict): return {str(k): jsonable(e) for k, e in v.items()}
     if isinstance(v, (list, tuple, set, np.ndarray)): return [jsonable(e) for e in v]
@@ -110,7 +114,8 @@ def read_tensors(path: str | Path) -> tuple:  # tensors by name, metadata (a dic
         with safe_open(str(_existing(path)), 'pt') as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e:
-        raise ValueError(f'{path}: not a safetensors file that can be read ({e}); restore the file, or make it anew') from e
+        raise ValueError(f'{path}: not a safetensors file that can be read ({e}); restore the file, or make it '
+                         'anew') from e
 
 # %% ../nbs/05_base.ipynb #bcd15a92
 def natural_order(paths) -> list:
@@ -119,6 +124,30 @@ def natural_order(paths) -> list:
     return sorted(paths, key=parts)
 
 # %% ../nbs/05_base.ipynb #237a8ba1
+def versions(*more: str          # packages to add
+             ) -> dict:          # name -> version
+    "Versions of the package, of its libraries that are installed, of Python, and the kind of machine."
+    found = {}
+    for name in ('foldbook', 'numpy', 'scipy', 'torch', 'lightning', 'mdtraj', 'openmm', 'deeptime', *more):
+        with suppress(PackageNotFoundError): found[name] = version(name)
+    return found | dict(python=platform.python_version(), machine=platform.machine())
+
+def provenance() -> dict:  # date, commit ('' outside a checkout), versions
+    "What made a result: when, from which state of the code, with which versions."
+    import foldbook
+    git = lambda *words: subprocess.run(['git', *words], cwd=Path(foldbook.__file__).parent, capture_output=True,
+                                        text=True).stdout.strip()
+    commit = git('rev-parse', '--short', 'HEAD') if shutil.which('git') else ''
+    changed = bool(commit) and bool(git('status', '--porcelain', '--', '*.py'))
+    return dict(date=date.today().isoformat(), commit=commit + ('+' if changed else ''), versions=versions())
+
+def write_result(path: str | Path,
+                 result: dict       # anything `jsonable`
+                 ) -> Path:
+    "Write a stored result as json, with its `provenance` under 'made'."
+    return write_json(path, dict(made=provenance()) | result)
+
+# %% ../nbs/05_base.ipynb #b3d13d11
 def digest(*parts) -> str:
     "SHA-256 of settings (dicts, numbers, text) and arrays (numpy, torch, lists of them, None); order and shapes count."
     h = hashlib.sha256()
@@ -150,7 +179,7 @@ def file_digest(path: str | Path,
             h.update(f.read())
     return dict(file=path.name, bytes=size, sha256=h.hexdigest())
 
-# %% ../nbs/05_base.ipynb #b3d13d11
+# %% ../nbs/05_base.ipynb #610c94c5
 def claim(directory: str | Path,                                           # made if absent
           settings: dict,                                                  # all that the results depend on
           what: str = 'run',                                               # for the message
@@ -196,7 +225,7 @@ class Pieces:
         "Delete the pieces and their directory, once the whole is written."
         shutil.rmtree(self.directory, ignore_errors=True)
 
-# %% ../nbs/05_base.ipynb #610c94c5
+# %% ../nbs/05_base.ipynb #39d50d6c
 def check_choice(name: str, value, allowed):
     "Raise `ValueError` if a value is not one of those allowed."
     if value not in allowed:
@@ -211,12 +240,12 @@ def check_least(options,          # object with the options as attributes
         if not (value := getattr(options, name)) >= least:
             raise ValueError(f'{name}={value}; it must be at least {least}')
 
-# %% ../nbs/05_base.ipynb #39d50d6c
+# %% ../nbs/05_base.ipynb #92da842f
 def derived_seed(*numbers: int) -> int:  # 1 .. 2^31 - 1; OpenMM takes 0 for "choose one"
     "A seed of its own for each tuple of numbers."
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] % (2**31 - 1)) + 1
 
-# %% ../nbs/05_base.ipynb #92da842f
+# %% ../nbs/05_base.ipynb #ced7c139
 BOLTZMANN = 0.00831446261815324  # kJ/mol/K, CODATA 2018
 ANGSTROM = 0.1                   # nm
 KCAL = 4.184                     # kJ

@@ -1,4 +1,4 @@
-"""The one training loop of the book: best weights kept, resumed after a kill with equal numbers, stopped at a loss that is not a number
+"""The one training loop of the book: best weights kept, resumed after a kill with equal numbers
 
 Docs: https://foldbook.github.io/foldbook/training.html.md"""
 
@@ -257,6 +257,7 @@ def _fit(task, o, checkpoint, book, fingerprint, label, advance, start):
     except FloatingPointError as e:
         task.network.load_state_dict(loop.book['best'] or start)
         kept = f'those of epoch {loop.book["best_epoch"]}' if loop.book['best'] else 'those of the start'
-        raise FloatingPointError(f'{label}: {e}; the last good weights were kept, {kept}; lower the learning rate') from None
+        raise FloatingPointError(f'{label}: {e}; the last good weights were kept, {kept}; lower the learning '
+                                 'rate') from None
     finally: task.loop = None
     return loop.book
