@@ -22,7 +22,7 @@ import openmm as mm
 import openmm.app as app
 import pandas as pd
 
-from .data import writing
+from .base import writing
 from .simulation import Dynamics, simulate_all
 from .structures import Molecule, load_molecule
 

@@ -707,7 +707,7 @@ def _replay(model, features, states):
 def replacing(path, write):
     """`writing` as a function: make the directory, call `write(temporary path)`, move the file into place, and
     return its path."""
-    from foldbook.data import writing # here, so that the committor of arrays needs no trajectory library
+    from foldbook.base import writing # here, so that the committor of arrays needs no trajectory library
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as temporary: write(temporary)

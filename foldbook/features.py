@@ -26,7 +26,7 @@ from scipy.spatial import cKDTree
 from scipy.special import expit
 from tqdm.auto import tqdm
 
-from .data import DamagedFile, atoms_in_file, load_topology, read_frames
+from .frames import DamagedFile, atoms_in_file, load_topology, read_frames
 
 # %% ../nbs/13_features.ipynb #be003cfd
 @dataclass(frozen=True)

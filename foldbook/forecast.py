@@ -35,7 +35,8 @@ from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 
-from .data import load_topology, stream_frames, writing
+from .frames import load_topology, stream_frames
+from .base import writing
 from .features import ca_atoms
 from .simulation import workers
 

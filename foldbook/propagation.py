@@ -20,7 +20,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import shortest_path
 
-from .data import writing
+from .base import writing
 from .propagator import Motion, Propagator, alphas, to_positions
 from .rollouts import Judge, circular_autocorrelation, controls, scalar_distance
 from .simulation import _Bar, _write_xtc, derived_seed

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from .data import writing
+from .base import writing
 from .forecast import quiet
 from .tree import ANGLES, KINDS, TORSIONS, Internals, Tree, layout, read_tree, segment_frames, to_cartesian, to_internal
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .data import writing
+from .base import writing
 from .forecast import quiet
 from .tree import Tree, add_positions, from_paper_tokens, normalised, paper_mask, paper_tokens, position_angles, read_tree, to_cartesian, to_internal
 

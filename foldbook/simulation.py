@@ -26,7 +26,9 @@ import openmm as mm
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .data import fetch, pack_trajectory, shipped_directory, writing
+from .data import fetch, shipped_directory
+from .packing import pack_trajectory
+from .base import writing
 
 # %% ../nbs/12_simulation.ipynb #23f22925
 def protein_chain(path: str|Path,        # PDB file, or mmCIF by its suffix .cif or .mmcif

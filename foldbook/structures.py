@@ -26,7 +26,8 @@ from PeptideBuilder import Geometry, add_residue, add_terminal_OXT, initialize_r
 from PeptideBuilder.PeptideBuilder import calculateCoordinates
 from scipy.spatial import cKDTree
 
-from .data import fetch, writing
+from .data import fetch
+from .base import writing
 from .simulation import derived_seed
 
 # %% ../nbs/14_structures.ipynb #c225c281

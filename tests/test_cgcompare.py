@@ -8,7 +8,7 @@ import torch
 from test_cg import NAMES, zigzag
 
 import foldbook.cgcompare as cgcompare
-from foldbook.sources import ca_chain
+from foldbook.frames import ca_chain
 
 
 def test_free_energies_apart_from_a_constant():

@@ -17,7 +17,7 @@ import foldbook.cg as cg
 import foldbook.cgsim as cgsim
 from foldbook.base import BOLTZMANN, read_tensors
 from foldbook.cgsim import Langevin, Noise, Run, RunOptions, run_beads
-from foldbook.sources import ca_chain
+from foldbook.frames import ca_chain
 from test_cg import NAMES, TABLE, full_prior, zigzag
 
 KT = BOLTZMANN*350

@@ -63,7 +63,9 @@ def test_every_command_has_help_with_an_example(command, inside):
 
 def test_commands_are_those_of_the_book():
     from foldbook import cli
-    from foldbook.cli import app, data_app, data_fetch, data_info, data_list, features, forecast, read_series, run, shoot, simulate_app, zq
+    from foldbook.cli import (
+        app, data_app, data_fetch, data_info, data_list, features, forecast, run, shoot, simulate_app, zq)
+    from foldbook.frames import read_series
     assert {c.callback for c in app.registered_commands} == {zq, run, shoot, features, forecast}
     assert {c.name: c.callback for c in simulate_app.registered_commands} == {c: getattr(cli, f'simulate_{c}')
         for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')}
@@ -183,7 +185,7 @@ def test_zq_writes_json_and_figure(series, inside):
 def test_zq_reads_a_column_of_a_table(series, inside):
     done = inside('zq', 'colvar:2', '--states', 'colvar_flags.txt', '--bootstrap', '0', cwd=series)
     assert done.returncode == 0 and 'verdict: pass' in done.stdout
-    from foldbook.cli import read_series
+    from foldbook.frames import read_series
     np.testing.assert_allclose(read_series(series/'colvar:1')[:3], [0, 0.2, 0.4])
 
 

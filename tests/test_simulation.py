@@ -315,7 +315,7 @@ def test_ensemble_over_processes_is_the_serial_one(model, tmp_path):
     assert (GoModel.load(tmp_path/'two'/'model.json').contacts == m.contacts).all()
     assert md.load(str(tmp_path/'two'/'native.pdb')).n_residues == 21
     assert (shots == -1).all()
-    from foldbook.data import unpack_trajectory
+    from foldbook.packing import unpack_trajectory
     packed = fs.ensemble(m, tmp_path/'three', n_workers=1, pack=True, **job)
     assert unpack_trajectory(packed[1], tmp_path/'b.xtc', 50*fs.TIME_STEP).read_bytes() == one[1].read_bytes()
 
