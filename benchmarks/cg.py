@@ -7,6 +7,7 @@ import torch
 from foldbook import cg
 from foldbook.base import ANGSTROM
 from foldbook.data import fetch
+from foldbook.frames import read_trajectory
 from foldbook.matching import torchmdnet
 
 BATCH = 32
@@ -32,9 +33,8 @@ def theirs(model, width, layers):
 
 def frames(n_beads):
     "Villin near its folding temperature, the first beads of it: half of the frames compact."
-    import mdtraj as md
     d = fetch('villin_go', progress=False)
-    t = md.load(str(d.trajectories[0]), top=str(d.topology))
+    t = read_trajectory(d.trajectories[0], d.topology)
     return torch.from_numpy(t.xyz[::len(t)//BATCH][:BATCH, :n_beads].copy())
 
 

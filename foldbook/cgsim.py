@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .base import BOLTZMANN, claim, derived_seed, digest, read_json, read_tensors, write_json, write_tensors
 from .cg import LONGEST, ONE_LETTER, TINY, Potential, System, energy_and_forces, prior_energy
-from .sources import ca_chain
+from .frames import ca_chain, read_trajectory
 from .training import quiet
 
 # %% ../nbs/51_cg_simulation.ipynb #c51b0001
@@ -208,7 +208,7 @@ class Run:
             time = self.spacing_ps*(1 + np.arange(len(self.xyz[k])))
             return md.Trajectory(self.xyz[k][first::stride], top, time=time[first::stride])
         if not self.file(k).stat().st_size: return md.Trajectory(np.zeros((0, top.n_atoms, 3), np.float32), top)
-        return md.load_xtc(str(self.file(k)), top=top)[first::stride]
+        return read_trajectory(self.file(k), top)[first::stride]
 
     @classmethod
     def load(cls, directory: str|Path) -> 'Run':

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import mdtraj as md
 import numpy as np
 import pandas as pd
 import torch
@@ -23,6 +22,7 @@ from torch.nn.functional import pad
 from .base import ANGSTROM, BOLTZMANN, KCAL, check_least, digest, read_arrays
 from .cg import ForceData, Potential, System, bead_map, check_frames, energy_and_forces, prior_forces
 from .data import fetch
+from .frames import read_trajectory
 from .simulation import shipped_model
 from .sources import Frames, load
 from .training import Task, TrainingOptions, quiet, train
@@ -57,7 +57,7 @@ def _npz_data(path, every):
 
 def _mapped(parts, every, beads, least_noise, name): # frames of each trajectory
     if any(getattr(f, 'forces', None) is None for f in parts):
-        raise ValueError(f'data set {name!r} has no forces; sets with forces end in _ca, or are named in chapter 17; '
+        raise ValueError(f'data set {name!r} has no forces; sets with forces end in _ca, or are in foldbook data; '
                          f'foldbook simulate equilibrium --forces makes one')
     if getattr(parts[0], 'bead_types', None) is not None:
         return [ForceData(tuple(r.name for r in f.topology.residues), f.xyz[::every], f.forces[::every])
@@ -68,7 +68,7 @@ def _mapped(parts, every, beads, least_noise, name): # frames of each trajectory
 def _shipped_atoms(name): # trajectories with forces beside them
     parts = []
     for path in fetch(name, progress=False).trajectories:
-        t = md.load(str(path))
+        t = read_trajectory(path)
         parts.append(Frames(t.xyz, read_arrays(path.with_suffix('.npz')).get('forces'), t.topology))
     return parts
 
@@ -77,7 +77,7 @@ def _go_data(name, every, nearest): # nm
     d, model = fetch(name, progress=False), shipped_model(name)
     context, out = model.context(model.temperature, 1), []
     for path in d.trajectories:
-        xyz = md.load(str(path), top=str(d.topology)).xyz[::every]
+        xyz = read_trajectory(path, d.topology, every).xyz
         i, j = np.triu_indices(xyz.shape[1], 2)
         xyz = xyz[np.linalg.norm(xyz[:, i] - xyz[:, j], axis=-1).min(1) > nearest]
         out.append(ForceData(tuple(model.residues), xyz, np.array([_force_at(context, x) for x in xyz], np.float32)))

@@ -1,7 +1,6 @@
 "Force matching: a known mean force, training that is killed and resumed, several chains, two processes, data sets."
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -211,5 +210,5 @@ def test_sets_without_forces_are_refused():
 @pytest.mark.parametrize('name', ['cg', 'cgsim'])
 def test_stored_results_were_made_by_the_chapter(name):
     path = Path(cg.__file__).parents[1]/'data'/f'{name}.json'
-    chapter = dict(cg='nbs/50a_force_matching.ipynb', cgsim='nbs/51a_cg_comparison.ipynb')[name]
+    chapter = dict(cg='nbs/50a_force_matching.ipynb', cgsim='nbs/59a_cg_comparison.ipynb')[name]
     assert chapter in json.loads(path.read_text())['made_by'] and path.stat().st_size < 30_000
