@@ -1,11 +1,14 @@
-"Energies and forces a CPU second: this book's network against TorchMD-NET's graph network of the same size and its TensorNet, on the same frames, one thread."
+"""Energies and forces a CPU second: this book's network against TorchMD-NET's graph network of the same size and its
+TensorNet, on the same frames, one thread."""
 import time
 
 import torch
 
 from foldbook import cg
+from foldbook.base import ANGSTROM
 from foldbook.data import fetch
-from foldbook.sources import ANGSTROM
+from foldbook.frames import read_trajectory
+from foldbook.matching import torchmdnet
 
 BATCH = 32
 
@@ -24,15 +27,14 @@ def rate(network, types, x, mask, repeats=5):
 
 def theirs(model, width, layers):
     "A network of TorchMD-NET with the settings of the paper, or None where it is not installed."
-    try: return cg.torchmdnet(model, width, layers)
+    try: return torchmdnet(model, width, layers)
     except ImportError as e: print(e)
 
 
 def frames(n_beads):
     "Villin near its folding temperature, the first beads of it: half of the frames compact."
-    import mdtraj as md
     d = fetch('villin_go', progress=False)
-    t = md.load(str(d.trajectories[0]), top=str(d.topology))
+    t = read_trajectory(d.trajectories[0], d.topology)
     return torch.from_numpy(t.xyz[::len(t)//BATCH][:BATCH, :n_beads].copy())
 
 

@@ -1,12 +1,14 @@
-"Steps of 32 replicas a CPU second: one batch against a loop over replicas, as torchmd does it, with the same energies, one thread."
+"""Steps of 32 replicas a CPU second: one batch against a loop over replicas, as torchmd does it, with the same
+energies, one thread."""
 import math
 import time
+from functools import partial
 
 import torch
 
 from foldbook import cg
+from foldbook.base import BOLTZMANN
 from foldbook.cgsim import Langevin, RunOptions
-from foldbook.simulation import BOLTZMANN
 
 REPLICAS, OPTIONS = 32, RunOptions(time_step=0.002)
 
@@ -38,7 +40,7 @@ def rate(step, n, tries=3):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    prior = cg.Prior({'*': (30_000., 0.382)}, {'*': 0.008}, dihedrals={'*': ((0.845, -2.278), (1.380, -1.710))},
+    prior = cg.Prior({'*': (30_000., 0.382)}, {'*': 0.008}, dihedrals={'*': cg.PAPER_DIHEDRAL},
                      damping=0.1)
     for protein, n in (('chignolin', 10), ('villin', 35)):
         x = torch.tensor([[0.3*k, 0.24*(k % 2), 0.05*math.sin(k)] for k in range(n)]).repeat(REPLICAS, 1, 1)
@@ -46,6 +48,6 @@ if __name__ == '__main__':
         for label, network in (('prior', None), ('prior and network 32x2', cg.SchNet(22, **cg.SIZES['32x2']))):
             p = cg.Potential(prior, cg.TABLES['protein-thermodynamics'], network)
             s = Langevin(p, [names]*REPLICAS, x, OPTIONS)
-            batch, one = rate(s.advance, 100), rate(lambda n: loop(p, names, x, n), 6)
+            batch, one = rate(s.advance, 100), rate(partial(loop, p, names, x), 6)
             print(f'{protein}, {n} beads, {label}: batch of {REPLICAS} {batch:,.0f} replica-steps/s, loop over '
                   f'replicas {one:,.0f}, ratio {batch/one:.1f}')

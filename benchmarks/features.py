@@ -1,4 +1,4 @@
-"Frames a second of features streamed in chunks and checked, against the same numbers from mdtraj with the whole file in memory."
+"Frames a second: features streamed in chunks and checked, against mdtraj with the whole file in memory."
 import tempfile
 import time
 from pathlib import Path
@@ -7,7 +7,8 @@ import mdtraj as md
 import numpy as np
 
 from foldbook.data import fetch
-from foldbook.features import ca_atoms, default, heavy_distances, load_native, model_contacts, native_contacts, stream
+from foldbook.structures import ca_atoms, load_native, native_contacts
+from foldbook.features import default, heavy_distances, model_contacts, stream
 
 
 def plain_default(path, native, pairs):

@@ -1,8 +1,9 @@
 """Frames forecast per second, beside statsmodels, scikit-learn and deeptime doing the same.
 
-Run with `python benchmarks/forecast.py` (about a minute of one core). The task is the default of the book: C-alphas of chignolin, history 5, lead 15, all windows of the
-test part. Training and forecasting are timed apart, as time on the processor. A ratio above 1 means that foldbook is faster. `var` trains an autoregression of each coordinate,
-principal axes and nine ridges where scikit-learn solves one; `arima` forecasts from all frames in one pass of the filter.
+Run with `python benchmarks/forecast.py` (about a minute of one core). The task is the default of the book: C-alphas of
+chignolin, history 5, lead 15, all windows of the test part. Training and forecasting are timed apart, as time on the
+processor. A ratio above 1 means that foldbook is faster. `var` trains an autoregression of each coordinate, principal
+axes and nine ridges where scikit-learn solves one; `arima` forecasts from all frames in one pass of the filter.
 """
 import os
 import time
@@ -12,7 +13,8 @@ for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.e
 import numpy as np
 
 from foldbook import data
-from foldbook.forecast import forecaster, forecasting_problem, read_positions
+from foldbook.forecast import NETWORKS, forecaster
+from foldbook.windows import forecasting_problem, read_positions
 
 warnings.simplefilter('ignore')
 
@@ -46,8 +48,9 @@ def statsmodels_var(p):
     fitted = model.fit(p.train.history, trend='c')
     past = flat(p.test)[0]
     few = 200
-    return seconds(lambda: model.fit(p.train.history, trend='c')), seconds(lambda: [fitted.forecast(h, p.test.lead)
-        for h in past[:few]])*len(past)/few, 'statsmodels VAR, one frame at a time'
+    train = seconds(lambda: model.fit(p.train.history, trend='c'))
+    forecast = seconds(lambda: [fitted.forecast(h, p.test.lead) for h in past[:few]])
+    return train, forecast*len(past)/few, 'statsmodels VAR, one frame at a time'
 
 
 def statsmodels_arima(p):
@@ -58,8 +61,8 @@ def statsmodels_arima(p):
     fit = lambda c: ARIMA(c - c.mean(), order=(2, 0, 1), trend='n').fit(method='innovations_mle')
     fitted, few = fit(x[:, 0]), 20
     forecast = lambda: [fitted.apply(z[:t + 1, 0]).forecast(p.test.lead) for t in range(100, 100 + few)]
-    return seconds(lambda: fit(x[:, 0]), 1)*x.shape[1], seconds(forecast,
-        1)*len(p.test)/few*x.shape[1], 'statsmodels ARIMA, one frame at a time'
+    train, forecast = seconds(lambda: fit(x[:, 0]), 1), seconds(forecast, 1)
+    return train*x.shape[1], forecast*len(p.test)/few*x.shape[1], 'statsmodels ARIMA, one frame at a time'
 
 
 def deeptime_vamp(p):
@@ -69,8 +72,8 @@ def deeptime_vamp(p):
     (x, y), (z, _) = flat(p.train), flat(p.test)
     model = EDMD(Identity())
     fitted = model.fit((x[:, -1], y)).fetch_model()
-    return seconds(lambda: model.fit((x[:, -1], y)).fetch_model()), seconds(lambda: fitted.transform(z[:,
-        -1])), 'deeptime EDMD, one frame read'
+    train = seconds(lambda: model.fit((x[:, -1], y)).fetch_model())
+    return train, seconds(lambda: fitted.transform(z[:, -1])), 'deeptime EDMD, one frame read'
 
 
 def main():
@@ -80,10 +83,9 @@ def main():
     ours = {}
     print(f'{"foldbook":<46}{"training / s":>13}{"frames/s":>12}')
     for name in ('shrink', 'ar', 'var', 'arima', 'ffn', 'gru', 'lstm', 'transformer', 'lstm_structure'):
-        train = seconds(lambda: forecaster(name).fit(p.train, p.validation), 1)
-        model = forecaster(name, **(dict(max_epochs=1) if hasattr(forecaster(name), 'max_epochs') else {})).fit(p.train,
-            p.validation)
-        ours[name] = train, seconds(lambda: model.predict(p.test))
+        train = seconds(lambda name=name: forecaster(name).fit(p.train, p.validation), 1)
+        model = forecaster(name, **(dict(max_epochs=1) if name in NETWORKS else {})).fit(p.train, p.validation)
+        ours[name] = train, seconds(lambda model=model: model.predict(p.test))
         print(f'{name:<46}{train:>13.2f}{n/ours[name][1]:>12.0f}')
     print(f'{"peers":<46}{"training / s":>13}{"frames/s":>12}   foldbook is faster by')
     for peer, own in ((sklearn_ridge, 'var'), (statsmodels_var, 'var'), (statsmodels_arima, 'arima'),

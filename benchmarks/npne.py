@@ -1,6 +1,7 @@
 """Time of one iteration of the nonparametric committor on 1e5 frames and 28 basis functions, one thread.
 
-The peer, optimalrcs (TensorFlow), needed 37 to 42 ms of processor time on a comparable machine; a plain numpy version is timed beside it here.
+The peer, optimalrcs (TensorFlow), needed 37 to 42 ms of processor time on a comparable machine; a plain numpy version
+is timed beside it here.
 Run: python benchmarks/npne.py
 """
 import os
@@ -9,7 +10,7 @@ import time
 
 import numpy as np
 
-from foldbook.committor import NonparametricCommittor
+from foldbook.npne import NonparametricCommittor
 from foldbook.systems import lshape2d
 
 PEER_MS = 37., 42.
@@ -36,8 +37,8 @@ def main(n_frames=100_000, n_iterations=200):
     print(f'{n_frames} frames, {np.mean(states[0] < 0):.0%} interior, 28 basis functions; milliseconds of processor '
           f'time per iteration')
     for method in ('NPNEq', 'NPq'):
-        fit = lambda n: NonparametricCommittor(method, n_iterations=n, history=(0,), guard=0).fit(x, states,
-                                                                                                  progress=False)
+        def fit(n, method=method):
+            NonparametricCommittor(method, n_iterations=n, history=(0,), guard=0).fit(x, states, progress=False)
         fit(2)  # compile
         base = time.process_time()
         fit(2)

@@ -1,7 +1,8 @@
-"""What a simulation costs: folding events a CPU-minute of the structure-based model, and what `simulate` adds to plain OpenMM.
+"""What a simulation costs: folding events a CPU-minute of the model, and what `simulate` adds to plain OpenMM.
 
-The peer is OpenMM itself, stepped without checkpoints, checks or files; the overhead is the ratio of the two. Times are of one thread's processor.
-The prototype of the structure-based model reached 28 transitions a CPU-minute with OpenMM on an AMD EPYC core. Run: python benchmarks/simulation.py
+The peer is OpenMM itself, stepped without checkpoints, checks or files; the overhead is the ratio of the two. Times
+are of one thread's processor. The prototype of the structure-based model reached 28 transitions a CPU-minute with
+OpenMM on an AMD EPYC core. Run: python benchmarks/simulation.py
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -13,8 +14,9 @@ import mdtraj as md
 
 from foldbook.allatom import AtomicModel, prepared, speed
 from foldbook.data import fetch
-from foldbook.simulation import native_fraction, passage_times, shipped_model, simulate
-from foldbook.structures import load_molecule, peptide
+from foldbook.go import native_fraction, passage_times, shipped_model
+from foldbook.engine import simulate
+from foldbook.molecules import load_molecule, peptide
 
 PROTOTYPE = 28
 

@@ -1,13 +1,21 @@
-"""Atoms a second from internal coordinates to positions and back, against mp-nerf and MDAnalysis BAT; and how close they come, against foldcomp.
+"""Atoms a second from internal coordinates to positions and back, against mp-nerf and MDAnalysis BAT; and how close
+they come, against foldcomp.
 
-Run with `python benchmarks/tree.py` (about a minute): 64 frames of a chain of 187 residues, every implementation in this process on the same number
-of threads, best of several runs on the clock and, because machines are shared, on the processor; the ratios compare processor times. `--device cuda` adds one line for a GPU.
-Peers take part if they are installed (`pip install mp-nerf MDAnalysis foldcomp`); they are no dependencies of foldbook.
+Run with `python benchmarks/tree.py` (about a minute): 64 frames of a chain of 187 residues, every implementation in
+this process on the same number of threads, best of several runs on the clock and, because machines are shared, on the
+processor; the ratios compare processor times. `--device cuda` adds one line for a GPU. Peers take part if they are
+installed (`pip install mp-nerf MDAnalysis foldcomp`); they are no dependencies of foldbook.
 
-`python benchmarks/tree.py --accuracy data/tree.json` rebuilds every structure that the installed packages ship (openmmforcefields, nglview, pdbfixer, MDAnalysisTests),
-those of `data/`, and with `--structures DIR` those in a folder of PDB files, and writes the table that chapter Tree shows (some minutes).
+`python benchmarks/tree.py --accuracy data/tree.json` rebuilds every structure that the installed packages ship
+(openmmforcefields, nglview, pdbfixer, MDAnalysisTests), those of `data/`, and with `--structures DIR` those in a folder
+of PDB files, and writes the table that the chapter Rebuilt structures shows (some minutes).
 """
-import argparse, gzip, importlib.util, io, json, sys, time, warnings
+import argparse
+import importlib.util
+import json
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +52,7 @@ def line(name, n_atoms, seconds):
 
 
 def chain(n_residues, seed=0):
-    from foldbook.structures import build_chain
+    from foldbook.molecules import build_chain
     rng = np.random.default_rng(seed)
     return build_chain(''.join(rng.choice(list(LETTERS), n_residues)), rng.uniform(-2.5, -0.5, (n_residues, 2)))
 
@@ -108,8 +116,8 @@ def speed(args):
     print(f'{"":<58} {"atoms/s":>11} {"atoms/cpu-s":>11}')
     ours = foldbook_speed(t, args.frames)
     if args.device != 'cpu': foldbook_speed(t, args.frames, args.device)
-    inverse32, inverse64, forward64 = ours['inverse', torch.float32, 'default'], ours['inverse', torch.float64,
-        'all'], ours['forward', torch.float64, 'all']
+    inverse32 = ours['inverse', torch.float32, 'default']
+    inverse64, forward64 = (ours[way, torch.float64, 'all'] for way in ('inverse', 'forward'))
     if installed('mp_nerf'): print(f'inverse: {inverse32/mp_nerf_speed(t):.0f} times mp-nerf (float32)')
     else: print('mp-nerf is not installed')
     if installed('MDAnalysis'):
@@ -132,7 +140,8 @@ def structures(folder):
 def longest_segment(tree):
     "The longest segment as a tree of its own, standard residues numbered from 1, no caps: what foldcomp can read."
     import mdtraj as md
-    from foldbook.tree import CAP_ATOMS, read_tree
+    from foldbook.templates import CAP_ATOMS
+    from foldbook.tree import read_tree
     segment = tree.segment
     chosen = int(np.argmax(np.bincount(segment)))
     top, xyz = md.Topology(), []
@@ -151,24 +160,36 @@ def longest_segment(tree):
 def foldcomp_error(tree):
     "Backbone and heavy-atom RMSD after foldcomp, nm, after superposition; raises what foldcomp raises."
     import foldcomp
-    from foldbook.tree import _rmsd
-    record = lambda i: f'ATOM  {i + 1:5d}  {tree.names[i]:<3} {tree.residues[tree.residue[i]].name:>3} A{tree.residue[i] + 1:4d}    ' + ''.join(f'{10*v:8.3f}' for v in tree.positions[i]) + f'  1.00 50.00           {tree.elements[i]}'
+    def record(i):
+        residue, place = tree.residues[tree.residue[i]].name, ''.join(f'{10*v:8.3f}' for v in tree.positions[i])
+        head = f'ATOM  {i + 1:5d}  {tree.names[i]:<3} {residue:>3} A{tree.residue[i] + 1:4d}'
+        return f'{head}    {place}  1.00 50.00           {tree.elements[i]}'
     _, back = foldcomp.decompress(foldcomp.compress('x', '\n'.join(record(i) for i in range(len(tree))) + '\n'))
     place = {(int(l[22:26]), l[12:16].strip()): [float(l[c:c+8])/10 for c in (30, 38, 46)]
              for l in back.splitlines() if l.startswith('ATOM')}
     common = [i for i in range(len(tree)) if (tree.residue[i] + 1, tree.names[i]) in place]
     found = np.array([place[tree.residue[i] + 1, tree.names[i]] for i in common])
     backbone = np.isin([tree.names[i] for i in common], ('N', 'CA', 'C', 'O'))
-    return dict(backbone=_rmsd(tree.positions[common][backbone], found[backbone]),
-                heavy=_rmsd(tree.positions[common], found), atoms=len(common)/len(tree))
+    return dict(backbone=rmsd(tree.positions[common][backbone], found[backbone]),
+                heavy=rmsd(tree.positions[common], found), atoms=len(common)/len(tree))
+
+
+def rmsd(a, b):
+    "After superposition."
+    from scipy.spatial.transform import Rotation
+    a, b = a - a.mean(0), b - b.mean(0)
+    turn, _ = Rotation.align_vectors(a, b)
+    return np.sqrt(((a - turn.apply(b))**2).sum(1).mean())
 
 
 def one_structure(path, name, fit_steps):
-    from foldbook.tree import fit_torsions, read_tree, reconstruction_error, to_cartesian, to_internal
+    from foldbook.rebuilding import fit_torsions, reconstruction_error
+    from foldbook.tree import read_tree, to_cartesian, to_internal
     tree = read_tree(path)
     xyz = torch.from_numpy(tree.positions)[None]
-    error = lambda internals, tree=tree: {k: float(v[0])
-        for k, v in reconstruction_error(tree, xyz, to_cartesian(tree, internals)).items()}
+    def error(internals, tree=tree, xyz=xyz):
+        found = reconstruction_error(tree, xyz, to_cartesian(tree, internals))
+        return {k: float(v[0]) for k, v in found.items()}
     row = dict(name=name, prepared='perses' in str(path) or path.name.startswith('md_'), residues=len(tree.residues),
                segments=len(tree.segments), chains=len(tree.summary.chains), atoms=len(tree))
     for level in ('all', 'default', 'torsions'): row[level] = error(to_internal(tree, xyz, level))
@@ -178,10 +199,8 @@ def one_structure(path, name, fit_steps):
     row['fitted torsions'] = error(fit_torsions(tree, xyz, 'torsions', 2*fit_steps))
     part = longest_segment(tree)
     x = torch.from_numpy(part.positions)[None]
-    own = lambda internals: {k: float(v[0]) for k, v in reconstruction_error(part, x,
-                                                                             to_cartesian(part, internals)).items()}
-    row['longest segment'] = dict(residues=len(part.residues), default=own(to_internal(part, x)),
-                                  **{'fitted default': own(fit_torsions(part, x, 'default', fit_steps))})
+    row['longest segment'] = {'residues': len(part.residues), 'default': error(to_internal(part, x), part, x),
+                              'fitted default': error(fit_torsions(part, x, 'default', fit_steps), part, x)}
     return row
 
 
@@ -194,7 +213,14 @@ def isolated(path):
             "print(json.dumps(str(e).splitlines()[0]))")
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path), str(Path(__file__).parent)],
                           capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else f'killed by signal {-done.returncode}' if done.returncode < 0 else (done.stderr.strip().splitlines() or ['failed'])[-1][:100]
+    if done.returncode == 0 and done.stdout: return json.loads(done.stdout.splitlines()[-1])
+    return words(done)
+
+
+def words(done):
+    "Why a process ended."
+    if done.returncode < 0: return f'killed by signal {-done.returncode}'
+    return (done.stderr.strip().splitlines() or ['failed'])[-1][:100]
 
 
 def raw_foldcomp(path):
@@ -205,8 +231,7 @@ def raw_foldcomp(path):
             "foldcomp.decompress(foldcomp.compress('x', f(sys.argv[1], 'rt').read()))")
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path)], capture_output=True, text=True,
                           timeout=300)
-    if done.returncode == 0: return 'works'
-    return f'killed by signal {-done.returncode}' if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:100]
+    return 'works' if done.returncode == 0 else words(done)
 
 
 def accuracy(args):
@@ -224,11 +249,10 @@ def accuracy(args):
               + '  '.join(f'{k} {show(row[k])}' for k in ('default', 'fitted default', 'torsions', 'fitted torsions')),
               row['longest segment'], row.get('foldcomp, file as it is'), flush=True)
         rows.append(row)
-    import mdtraj
-    made = dict(command='python benchmarks/tree.py --accuracy data/tree.json'
-                + ' --structures DIR'*bool(args.structures) + f' --fit-steps {args.fit_steps}', units='nm',
-                torch=torch.__version__, mdtraj=mdtraj.__version__)
-    Path(args.accuracy).write_text(json.dumps(dict(made=made, structures=rows), indent=1) + '\n')
+    from foldbook.base import provenance, write_json
+    command = f'python benchmarks/tree.py --accuracy data/tree.json --fit-steps {args.fit_steps}'
+    made = dict(command=command + ' --structures DIR'*bool(args.structures), units='nm') | provenance()
+    write_json(args.accuracy, dict(made=made, structures=rows))
 
 
 if __name__ == '__main__':
@@ -242,4 +266,4 @@ if __name__ == '__main__':
     parser.add_argument('--structures', help='folder with more PDB files')
     parser.add_argument('--fit-steps', type=int, default=100)
     args = parser.parse_args()
-    accuracy(args) if args.accuracy else speed(args)
+    (accuracy if args.accuracy else speed)(args)

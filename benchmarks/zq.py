@@ -1,8 +1,10 @@
 """Seconds for Z_q at 16 lags on one core, against the same sums in plain numpy.
 
-Run with `python benchmarks/zq.py` (about a minute; `--frames 1000000` for a short one). Each part runs in a process of its own, so that
-its memory can be read off the operating system. The best of three runs is printed, as time on the clock and as time on the processor (the
-two differ when the machine has other work); the ratio compares processor times. The implementations must agree to 1e-9.
+Run with `python benchmarks/zq.py` (about a minute; `--frames 1000000` for a short one). Each part runs in a process of
+its own, so that its memory can be read off the operating system. The best of three runs is printed, as time on the
+clock and as time on the processor (the two differ when the machine has other work); the ratio compares processor
+times. The implementations must agree to 1e-9. Before that, the time of `import foldbook.zq` and of
+`import foldbook.verdicts` is measured: both judge a coordinate, and should take less than half a second.
 """
 import argparse, json, os, resource, subprocess, sys, tempfile, time
 
@@ -61,16 +63,20 @@ def current():
     return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
-def foldbook_zq(name):
-    "A function of foldbook.zq as (r, flags) -> Z_q."
-    def call(r, flags):
-        import foldbook.zq
-        return getattr(foldbook.zq, name)(r, flags, LAGS).zq
-    return call
+def foldbook_zq(r, flags):
+    "Z_q and Z_C1 at every lag."
+    from foldbook.zq import cut_profiles
+    return cut_profiles(r, flags, LAGS).zq
 
 
-FUNCTIONS = {'numpy': lambda r, flags: numpy_zq(r, flags, LAGS), 'cut_profiles': foldbook_zq('cut_profiles'),
-             'profile': foldbook_zq('profile')}
+def foldbook_profile(r, flags):
+    "The same with a verdict."
+    from foldbook.verdicts import profile
+    return profile(r, flags, LAGS).zq
+
+
+FUNCTIONS = {'numpy': lambda r, flags: numpy_zq(r, flags, LAGS), 'cut_profiles': foldbook_zq,
+             'profile': foldbook_profile}
 
 
 def measure(what, n_frames):
@@ -102,12 +108,16 @@ def run(*args):
     return json.loads(out.splitlines()[-1])
 
 
-def import_seconds():
-    "Clock and CPU time of `import foldbook.zq` in a fresh interpreter, best of three, and whether that loads torch."
-    code = ('import time, sys; t, c = time.perf_counter(), time.process_time(); import foldbook.zq; '
-            'print(time.perf_counter() - t, time.process_time() - c, int("torch" in sys.modules))')
-    return np.min([np.float64(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                                             check=True).stdout.split()) for _ in range(3)], 0)
+HEAVY = ('torch', 'lightning', 'pandas', 'sklearn', 'mdtraj', 'matplotlib')
+
+
+def import_seconds(module):
+    "Clock and CPU time of an import in a fresh interpreter, best of three, and which heavy libraries it loads."
+    code = (f'import time, sys; t, c = time.perf_counter(), time.process_time(); import {module}; '
+            f'print(time.perf_counter() - t, time.process_time() - c, *[m for m in {HEAVY} if m in sys.modules])')
+    found = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+             for _ in range(3)]
+    return min(float(f[0]) for f in found), min(float(f[1]) for f in found), found[0][2:]
 
 
 def main():
@@ -118,9 +128,11 @@ def main():
     args = parser.parse_args()
     if args.measure: return measure(args.measure[0], int(args.measure[1]))
     if args.timed: return timed(*args.timed)
-    clock, cpu, torch = import_seconds()
-    print(f'import foldbook.zq: {clock:.2f} s by the clock, {cpu:.2f} s of CPU, torch '
-          f'{"loaded" if torch else "not loaded"}; {os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores')
+    print(f'{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores')
+    for module in ('foldbook.zq', 'foldbook.verdicts'):
+        clock, cpu, heavy = import_seconds(module)
+        print(f'import {module}: {clock:.2f} s by the clock, {cpu:.2f} s of CPU, loads {", ".join(heavy) or "none"} of '
+              f'{", ".join(HEAVY)}')
     print(f'{"frames":>10} {"":<34} {"clock s":>8} {"CPU s":>8} {"CPU ns/frame/lag":>17} {"B/frame":>8} '
           f'{"numpy / this":>13}')
     for n in args.frames:

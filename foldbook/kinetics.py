@@ -9,30 +9,39 @@ __all__ = ['units', 'Estimate', 'bootstrap', 'rates', 'Cuts', 'cuts', 'Curve', '
            'natural_coordinate', 'natural_free_energy', 'diffusive_committor', 'diffusive_transitions']
 
 # %% ../nbs/44_kinetics.ipynb #3590d92c
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 from scipy.integrate import cumulative_trapezoid
 
-from .committor import as_ensemble, check_coordinate, check_states, check_weights
-from .zq import _departures, cut_profile
+from .base import check_choice
+from .committor import check_coordinate, check_states, check_weights, departures
+from .maps import resistance
+from .zq import cut_profile
 
 # %% ../nbs/44_kinetics.ipynb #40a8d4c6
 def units(
-    states, # flags: 0 in A, 1 in B, -1 elsewhere, (T,) per trajectory
+    states: list, # flags: 0 in A, 1 in B, -1 elsewhere, (T,) per trajectory
     resample: str = 'cycles', # A to B to A, or 'trajectories'
 ) -> list: # int64 (T,) per trajectory: number of the unit of each frame
     "Number the independent parts of an ensemble; an incomplete end of a trajectory is a part of its own."
-    if resample not in ('cycles', 'trajectories'):
-        raise ValueError(f"resample={resample!r} is not known; choose 'cycles' for long trajectories or "
-                         f"'trajectories' for many short ones")
+    check_choice('resample', resample, ('cycles', 'trajectories'))
     found, first = [], 0
     for s in check_states(states, both=False):
         new = np.zeros(len(s), np.int64)
-        if resample == 'cycles': new[_departures(s)[1]] = 1
+        if resample == 'cycles': new[departures(s)[1]] = 1
         found.append(first + np.cumsum(new))
         first = found[-1][-1] + 1
     return found
+
+# %% ../nbs/44_kinetics.ipynb #7f5478a8
+def _replicates(states, weights, resample, n_bootstrap, seed):
+    "Frame weights (N,) of the data, then of each replicate; no replicates of a single unit."
+    unit = np.concatenate(units(states, resample))
+    w, n = np.concatenate(check_weights(weights, [len(s) for s in states])), unit[-1] + 1
+    yield w
+    if n == 1: return
+    for d in np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap): yield w * d[unit]
 
 # %% ../nbs/44_kinetics.ipynb #9e7d0111
 class Estimate(NamedTuple):
@@ -42,37 +51,33 @@ class Estimate(NamedTuple):
 
 # %% ../nbs/44_kinetics.ipynb #e6f6beae
 def bootstrap(
-    estimate, # function of frame weights, float64 (N,) over all trajectories end to end, that returns an array
-    states, # flags, (T,) per trajectory
-    weights=None, # weight of each frame, (T,) per trajectory
+    estimate: Callable, # of frame weights, float64 (N,) over all trajectories end to end, to an array
+    states: list, # flags, (T,) per trajectory
+    weights: list | None = None, # weight of each frame, (T,) per trajectory
     resample: str = 'cycles', # or 'trajectories'
     n_bootstrap: int = 50, # replicates; 0 for none
     seed: int = 0,
 ) -> Estimate:
     "An estimate from all frames, with the spread of those from resampled units."
-    unit = np.concatenate(units(states, resample))
-    w, n = np.concatenate(check_weights(weights, [len(s) for s in states])), unit[-1] + 1
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
-    value, replicates = np.asarray(estimate(w)), [estimate(w * d[unit]) for d in draws]
+    value, *replicates = (np.asarray(estimate(w), float)
+                          for w in _replicates(states, weights, resample, n_bootstrap, seed))
     with np.errstate(invalid='ignore'):
-        return Estimate(value, np.std(replicates, 0) if n_bootstrap and n > 1 else np.full_like(value, np.nan))
+        return Estimate(value, np.std(replicates, 0) if replicates else np.full_like(value, np.nan))
 
 # %% ../nbs/44_kinetics.ipynb #7fc67aee
 def _flux_terms(r, states, flux):
     "One number per frame whose weighted sum is the number of transitions A to B."
+    check_choice('flux', flux, ('counted', 'committor'))
     if flux == 'committor': return [np.append(np.diff(x) * (1 - x[:-1]), 0) for x in r]
-    if flux != 'counted':
-        raise ValueError(f"flux={flux!r} is not known; choose 'counted' or, for short or weighted trajectories, "
-                         f"'committor'")
-    return [np.isin(np.arange(len(s)), _departures(s)[0]).astype(float) for s in states]
+    return [np.isin(np.arange(len(s)), departures(s)[0]).astype(float) for s in states]
 
 # %% ../nbs/44_kinetics.ipynb #1ffc563b
 def rates(
-    r, # committor, (T,) per trajectory, exactly 0 on A and 1 on B
-    states, # flags of the same frames
+    r: list, # committor, (T,) per trajectory, exactly 0 on A and 1 on B
+    states: list, # flags of the same frames
     spacing: float = 1., # time between two frames
-    backward=None, # backward committor (1 on A, 0 on B) where dynamics is not reversible; None: 1 - r
-    weights=None, # of frames; with them data that are not from equilibrium count as if they were
+    backward: list | None = None, # backward committor (1 on A, 0 on B) where dynamics is not reversible; None: 1 - r
+    weights: list | None = None, # of frames; with them data that are not from equilibrium count as if they were
     flux: str = 'counted', # how transitions are found: 'counted', or from the 'committor'
     resample: str = 'cycles', # units of the bootstrap, or 'trajectories'
     n_bootstrap: int = 100,
@@ -106,12 +111,12 @@ class Cuts(NamedTuple):
 
 # %% ../nbs/44_kinetics.ipynb #5e46303d
 def cuts(
-    r, # coordinate in any unit, (T,) per trajectory
-    states, # flags of the same frames, for the units of the bootstrap
+    r: list, # coordinate in any unit, (T,) per trajectory
+    states: list, # flags of the same frames, for the units of the bootstrap
     lag: int = 1, # frames in a window
     spacing: float = 1., # time between two frames
     n_bins=100, # number of bins, or edges
-    weights=None, # of frames
+    weights: list | None = None, # of frames
     resample: str = 'cycles', # or 'trajectories'
     n_bootstrap: int = 30,
     seed: int = 0,
@@ -123,9 +128,8 @@ def cuts(
     edges = np.linspace(line.min(), line.max(), n_bins + 1) if np.ndim(n_bins) == 0 else np.asarray(n_bins, float)
     # Z just below edges[1:]; nothing crosses the last
     profile = lambda w, alpha: cut_profile([line], lag, alpha, [w * windows], edges)[1][:-1]
-    samples = []
-    bootstrap(lambda w: samples.append((np.stack([profile(w, a) for a in (-1, 0, 1)]), w @ windows / lag)) or 0.,
-              states, weights, resample, n_bootstrap, seed)
+    samples = [(np.stack([profile(w, a) for a in (-1, 0, 1)]), w @ windows / lag)
+               for w in _replicates(states, weights, resample, n_bootstrap, seed)]
     return Cuts(edges[1:-1], *map(np.array, zip(*samples)), lag * spacing)
 
 # %% ../nbs/44_kinetics.ipynb #943878eb
@@ -188,10 +192,10 @@ def natural_free_energy(
     return F._replace(x=natural_coordinate(c).value)
 
 # %% ../nbs/44_kinetics.ipynb #748c72d4
-def _resistance(c, z, low, high):
-    "Integral of 1 / Z_C1 from `low` up to each level, 0 below and constant above."
+def _between(c, z, low, high):
+    "`resistance` from `low` up to each level: 0 below and constant above."
     inside = (c.x >= low) & (c.x <= high)
-    return cumulative_trapezoid(np.where(inside, 1 / z[2], 0), c.x, initial=0)
+    return resistance(np.where(inside, z[2], np.inf), c.x)
 
 # %% ../nbs/44_kinetics.ipynb #6041f90c
 def diffusive_committor(
@@ -202,7 +206,10 @@ def diffusive_committor(
     "Committor of the one-dimensional diffusive model between two levels (Krivov 2013)."
     if not c.x[0] <= low < high <= c.x[-1]:
         raise ValueError(f'low={low}, high={high}: the levels reach from {c.x[0]:.3g} to {c.x[-1]:.3g}')
-    return _curve(c, lambda z, n: (R := _resistance(c, z, low, high)) / R[-1])
+    def share(z, n):
+        R = _between(c, z, low, high)
+        return R / R[-1]
+    return _curve(c, share)
 
 # %% ../nbs/44_kinetics.ipynb #f96911ed
 def diffusive_transitions(
@@ -211,5 +218,5 @@ def diffusive_transitions(
     high: float, # B is x >= high
 ) -> Estimate: # transitions A to B in the data
     "Number of transitions that the diffusive model predicts, $1/\\int dx/Z_{C,1}$."
-    n = np.array([1 / _resistance(c, z, low, high)[-1] for z in c.z])
+    n = np.array([1 / _between(c, z, low, high)[-1] for z in c.z])
     return Estimate(n[0], n[1:].std() if len(n) > 1 else np.nan)

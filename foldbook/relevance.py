@@ -1,4 +1,4 @@
-"""Attention, gradients, integrated gradients and permutation ask four different questions of a student; each is checked where the answer is known, then drawn on a protein.
+"""Four methods ask four questions of a student; each is checked where the answer is known, then drawn on a protein
 
 Docs: https://foldbook.github.io/foldbook/relevance.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://foldbook.github.io/foldbook/relevance.html.md"""
 
 # %% auto #0
 __all__ = ['LogOdds', 'raw_windows', 'transition_frames', 'gradients', 'Attributions', 'integrated_gradients',
-           'permutation_importance', 'plot_importance', 'in_steps', 'attention_layer', 'attention', 'residue_groups',
+           'permutation_importance', 'block_error', 'plot_importance', 'in_steps', 'attention', 'residue_groups',
            'residue_values', 'contact_matrix', 'plot_chain', 'plot_contact_map', 'view_structure']
 
 # %% ../nbs/46_relevance.ipynb #26130ee7
@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .committor import as_ensemble, check_states, log_loss, outcomes, previous_outcomes
-from .distill import Windows, doublings
-from .features import ca_atoms, find_atoms
+from .committor import as_ensemble, check_states, outcomes, previous_outcomes
+from .scores import log_loss
+from .structures import ca_atoms, find_atoms
+from .networks import Windows
 from .zq import cut_profiles
 
 # %% ../nbs/46_relevance.ipynb #68215db6
@@ -35,18 +36,19 @@ class LogOdds(nn.Module):
         super().__init__()
         if not student.networks: raise ValueError('this student has not been trained; call fit or load first')
         self.networks = nn.ModuleList(copy.deepcopy(list(student.networks))).double().eval().requires_grad_(False)
-        self.mean, self.mix, self.pace = (None if v is None else torch.tensor(v, dtype=torch.float64)
-                                          for v in (student.mean, student.mix, student.pace))
-        self.window, self.edges = student.window, doublings(student.window, student.reach)[::-1]
+        double = lambda v: None if v is None else torch.tensor(v, dtype=torch.float64)
+        self.mean, self.mix, self.pace = double(student.mean), double(student.mix), double(student.pace)
+        self.window, self.edges = student.memory[0], student.edges[::-1]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # (B, W, F) -> (B,)
         y = (x - self.mean) @ self.mix
         if self.pace is not None: y = torch.cat([y[:, 1:], y.diff(dim=1) / self.pace], -1)
         n = y.shape[1]
         # of the past beyond the window
         means = [y[:, n - a:n - b].mean(1, keepdim=True) for a, b in zip(self.edges, self.edges[1:])]
         z = torch.stack([network(torch.cat([*means, y[:, n - self.window:]], 1)) for network in self.networks])
-        return z[0] if len(z) == 1 else functional.logsigmoid(z).logsumexp(0) - functional.logsigmoid(-z).logsumexp(0)
+        if len(z) == 1: return z[0]
+        return functional.logsigmoid(z).logsumexp(0) - functional.logsigmoid(-z).logsumexp(0)
 
 # %% ../nbs/46_relevance.ipynb #b33e7633
 def raw_windows(
@@ -58,7 +60,7 @@ def raw_windows(
     if any(x.ndim != 2 or x.shape[1] != len(student.mean) for x in X):
         raise ValueError(f'this student reads {len(student.mean)} features a frame; found {X[0].shape[1:]}')
     n = len(student.mean)
-    return Windows(X, np.zeros(n), np.eye(n), max(student.window, student.reach) + (student.pace is not None))
+    return Windows(X, np.zeros(n), np.eye(n), student.edges[-1] + (student.pace is not None))
 
 # %% ../nbs/46_relevance.ipynb #8c2fb50a
 def transition_frames(
@@ -75,8 +77,8 @@ def transition_frames(
     if not len(found):
         raise ValueError(f'no frame outside A and B has a committor between {between[0]} and {between[1]}; choose a '
                          f'wider range')
-    return found if len(found) <= n_frames else np.sort(np.random.default_rng(seed).choice(found, n_frames,
-                                                                                           replace=False))
+    if len(found) <= n_frames: return found
+    return np.sort(np.random.default_rng(seed).choice(found, n_frames, replace=False))
 
 # %% ../nbs/46_relevance.ipynb #9c81f0c3
 def gradients(
@@ -96,18 +98,22 @@ class Attributions(NamedTuple):
     frames: np.ndarray # (n,) frame numbers
 
     @property
-    def gap(self): return _gap(*self[:3]) # relative error of completeness
+    def gap(self) -> float:
+        "Largest error of the sum rule, relative to the mean difference that is distributed."
+        rise = self.output - self.start
+        return float(np.abs(self.values.sum((1, 2)) - rise).max() / max(np.abs(rise).mean(), 1e-12))
+
     @property
-    def by_feature(self): return self.values.sum(1) # (n, F)
+    def by_feature(self) -> np.ndarray: # (n, F)
+        "Shares summed over the window."
+        return self.values.sum(1)
+
     @property
-    def by_frame(self): return self.values.sum(2) # (n, W), oldest first
+    def by_frame(self) -> np.ndarray: # (n, W)
+        "Shares summed over the features, oldest frame first."
+        return self.values.sum(2)
 
 # %% ../nbs/46_relevance.ipynb #f3f84b55
-def _gap(values, output, start):
-    "Largest error of the sum rule, relative to the mean difference that is distributed."
-    rise = output - start
-    return float(np.abs(values.sum((1, 2)) - rise).max() / max(np.abs(rise).mean(), 1e-12))
-
 def _start(features, states, frames, baseline):
     "Baseline of each frame, (n, 1, F)."
     x, s = np.concatenate(features), np.concatenate(states)
@@ -117,8 +123,8 @@ def _start(features, states, frames, baseline):
         return np.tile(np.asarray(baseline, float), (len(frames), 1, 1))
     if baseline not in ('A', 'B', 'last'):
         raise ValueError(f'baseline={baseline!r} is not known; choose A, B, last, or give the (F,) features of a frame')
-    came = np.concatenate(previous_outcomes(states))[frames] if baseline == 'last' else np.full(len(frames),
-                                                                                                'AB'.index(baseline))
+    came = np.full(len(frames), 'AB'.find(baseline))
+    if baseline == 'last': came = np.concatenate(previous_outcomes(states))[frames]
     if np.isnan(came).any():
         raise ValueError('some frames come before the first visit to A or B, so they left no state; choose others, or '
                          'baseline="A"')
@@ -156,14 +162,14 @@ def integrated_gradients(
 # %% ../nbs/46_relevance.ipynb #d3bfb02d
 def _read(student, X, columns=slice(None)):
     "What the network reads, from some columns only."
-    return Windows([x[:, columns] for x in X], student.mean[columns], student.mix[columns], student.window,
-                   student.pace, student.reach)
+    return Windows([x[:, columns] for x in X], student.mean[columns], student.mix[columns], student.memory[0],
+                   student.pace, student.memory[1])
 
 @torch.no_grad()
 def _committor(student, w, batch=8192):
     "Committor of windows, as the student reads them."
-    r = torch.stack([torch.cat([torch.sigmoid(n(part)) for part in w.split(batch)])
-                     for n in student.networks]).mean(0).double().numpy()
+    each = [torch.cat([torch.sigmoid(n(part)) for part in w.split(batch)]) for n in student.networks]
+    r = torch.stack(each).mean(0).double().numpy()
     return r if student.bend is None else np.interp(r, *student.bend)
 
 def _t_max(r, index, states):
@@ -199,12 +205,15 @@ def permutation_importance(
                  for _ in range(n_repeats)]
         rise = np.stack([log_loss(r[known], y) for r in after]) - log_loss(before[known], y)
         tested = np.mean([_t_max(r, index, S) for r in after]) - _t_max(before, index, S) if t_max else np.nan
-        rows.append((rise.mean(), _error(rise, block), tested))
+        rows.append((rise.mean(), block_error(rise, block), tested))
     return pd.DataFrame(rows, pd.Index(groups, name='group'), ['log_loss', 'se', 't_max'])
 
 # %% ../nbs/46_relevance.ipynb #00e2d516
-def _error(rise, block):
-    "Standard error of a mean over repeats (rows) and frames (columns): blocks of time, and repeats."
+def block_error(
+    rise: np.ndarray, # (repeats, frames)
+    block: np.ndarray, # (frames,) block of time that each frame belongs to
+) -> float:
+    "Standard error of a mean over repeats and frames: from blocks of time, and from repeats."
     d, n = rise.mean(0), len(np.unique(block))
     between = np.sqrt((np.bincount(block, d - d.mean())**2).sum() * n / max(n - 1, 1)) / len(d)
     return float(np.hypot(between, rise.mean(1).std(ddof=1) / len(rise)**.5 if len(rise) > 1 else 0))
@@ -232,7 +241,7 @@ def in_steps(
     return torch.cat([past[:, -1:], -past[:, :-1].flip(1)], 1)
 
 # %% ../nbs/46_relevance.ipynb #8e7ea3f0
-def attention_layer(
+def _attention_layer(
     layer: nn.TransformerEncoderLayer, # that normalises first, in evaluation mode
     h: torch.Tensor, # (B, W, H) what goes in
 ) -> tuple: # (B, W, H) what comes out, and (B, heads, W, W) shares: rows look at columns
@@ -256,21 +265,25 @@ def attention(
     for body in (network.body for network in student.networks):
         h, rows = body.embed(x) + body.place, []
         for layer in body.encoder.layers:
-            h, share = attention_layer(layer, h)
+            h, share = _attention_layer(layer, h)
             rows.append(share[:, :, -1])
         found.append(torch.stack(rows, 1))
     return torch.stack(found, 1).numpy()
 
 # %% ../nbs/46_relevance.ipynb #7da14d2e
+def _place(residue):
+    "Chain and number of a residue, to sort by."
+    chain, _, name = residue.rpartition(':')
+    digits = ''.join(c for c in name.partition('#')[0][1:] if c.isdigit())
+    return chain, int(digits or 0)
+
 def residue_groups(
     description, # `features.Features`
 ) -> dict: # residue, such as PHE10 -> columns
     "For each residue the columns that stand on two atoms, one of them its own; in the order of the chain."
     pairs = {k: [a.rsplit('-', 1)[0] for a in atoms] for k, atoms in enumerate(description.atoms) if len(atoms) == 2}
-    number = lambda residue: (residue.rpartition(':')[0],
-        int(''.join(c for c in residue.rpartition(':')[2].partition('#')[0][1:] if c.isdigit()) or 0))
-    return {r: [k for k, p in pairs.items() if r in p]
-            for r in sorted({r for p in pairs.values() for r in p}, key=number)}
+    residues = sorted({r for p in pairs.values() for r in p}, key=_place)
+    return {r: [k for k, p in pairs.items() if r in p] for r in residues}
 
 # %% ../nbs/46_relevance.ipynb #abbd820f
 def residue_values(

@@ -1,4 +1,4 @@
-"""Steered dynamics: a helix is pulled apart at constant speed, force and work are recorded, and the work average of Jarzynski is put to the test.
+"""A helix is pulled apart at constant speed, its work is recorded, and Jarzynski's average is put to the test.
 
 Docs: https://foldbook.github.io/foldbook/steered.html.md"""
 
@@ -16,8 +16,8 @@ import numpy as np
 import openmm as mm
 
 from .allatom import AtomicModel, prepared, run_atomic
-from .simulation import BOLTZMANN
-from .structures import Molecule
+from .base import BOLTZMANN, read_arrays
+from .molecules import Molecule
 
 # %% ../nbs/16_steered.ipynb #x16d
 PICONEWTON = 1.66053906717 # pN in one kJ/mol/nm
@@ -34,42 +34,52 @@ class PulledModel(AtomicModel):
     update: int = 5                    # steps between two small moves of the trap
 
     centred = False # one end is held
-    @cached_property
-    def system(self): return _pulled_system(self)
+
     @property
-    def ends(self): return _ends(self)
-    def trap(self, step): return self.length + self.speed*self.time_step*max(0, step - self.still_steps)
+    def ends(self) -> tuple: # indices
+        "The first and the last C-alpha; raises `ValueError` where there are not two."
+        found = [a.index for a in self.molecule.topology.atoms() if a.name == 'CA']
+        if len(found) < 2: raise ValueError(f'{self.name}: pulling needs two C-alphas, there are {len(found)}')
+        return found[0], found[-1]
+
     @cached_property
-    def length(self): return float(np.linalg.norm(np.subtract(*self.molecule.positions[list(self.ends)])))
-    def advance(self, context, n_steps, first_step): return _pull(self, context, n_steps, first_step)
-    def settings(self):
-        return AtomicModel.settings(self) | {k: getattr(self, k)
-                                             for k in ('spring_constant', 'speed', 'still_steps', 'update')}
+    def length(self) -> float: # nm
+        "Distance of the ends at the start."
+        return float(np.linalg.norm(np.subtract(*self.molecule.positions[list(self.ends)])))
 
-# %% ../nbs/16_steered.ipynb #x16e
-def _ends(model): # indices of the first and the last C-alpha
-    found = [a.index for a in model.molecule.topology.atoms() if a.name == 'CA']
-    if len(found) < 2: raise ValueError(f'{model.name}: pulling needs two C-alphas, there are {len(found)}')
-    return found[0], found[-1]
+    def trap(self, step: int) -> float: # nm
+        "Where the trap is after so many steps."
+        return self.length + self.speed*self.time_step*max(0, step - self.still_steps)
 
-def _pulled_system(model):
-    system = AtomicModel.system.func(model)
-    trap = mm.CustomBondForce('0.5*k*(r-trap)^2')
-    trap.addGlobalParameter('k', model.spring_constant)
-    trap.addGlobalParameter('trap', model.length)
-    trap.addBond(*model.ends, [])
-    hold = mm.CustomExternalForce('0.5*hold*((x-x0)^2+(y-y0)^2+(z-z0)^2)')
-    hold.addGlobalParameter('hold', model.spring_constant)
-    for c in ('x0', 'y0', 'z0'): hold.addPerParticleParameter(c)
-    hold.addParticle(model.ends[0], model.molecule.positions[model.ends[0]])
-    for f in (trap, hold): system.addForce(f)
-    return system
+    @cached_property
+    def system(self) -> mm.System:
+        "The molecule, the spring of the trap and the spring that holds the first end."
+        system = AtomicModel.system.func(self)
+        trap = mm.CustomBondForce('0.5*k*(r-trap)^2')
+        trap.addGlobalParameter('k', self.spring_constant)
+        trap.addGlobalParameter('trap', self.length)
+        trap.addBond(*self.ends, [])
+        hold = mm.CustomExternalForce('0.5*hold*((x-x0)^2+(y-y0)^2+(z-z0)^2)')
+        hold.addGlobalParameter('hold', self.spring_constant)
+        for c in ('x0', 'y0', 'z0'): hold.addPerParticleParameter(c)
+        hold.addParticle(self.ends[0], self.molecule.positions[self.ends[0]])
+        for f in (trap, hold): system.addForce(f)
+        return system
+
+    def settings(self) -> dict:
+        "All that decides a run."
+        own = ('spring_constant', 'speed', 'still_steps', 'update')
+        return AtomicModel.settings(self) | {k: getattr(self, k) for k in own}
+
+    def advance(self, context: mm.Context, n_steps: int, first_step: int) -> dict: # nm, pN, kJ/mol
+        "Jumps of the trap and steps of dynamics in turn."
+        return _pull(self, context, n_steps, first_step)
 
 # %% ../nbs/16_steered.ipynb #x16f
 MEASURED = ('trap', 'distance', 'force', 'work')
 
 def _pull(model, context, n_steps, first_step):
-    "Alternate jumps of the trap and steps of dynamics. nm, pN, kJ/mol."
+    "Jumps of the trap and steps of dynamics in turn."
     work, force, k = 0.0, [], model.spring_constant
     for s in range(first_step, first_step + n_steps, model.update):
         n = min(model.update, first_step + n_steps - s)
@@ -137,7 +147,7 @@ def smd(molecule: Molecule,
 def pulls(files: list # npz files that `smd` wrote, one a replica
           ) -> dict:  # 'trap', 'distance' nm, 'force' pN, 'work' kJ/mol since the start: (n_replicas, T) each
     "What was recorded, all replicas."
-    z = [np.load(f) for f in files]
+    z = [read_arrays(f) for f in files]
     out = {k: np.stack([a[k] for a in z]) for k in MEASURED}
     return out | dict(work=np.cumsum(out['work'], axis=1))
 
@@ -147,9 +157,10 @@ def plot_pulls(p: dict, # as from `pulls`
     "Force, and work, against the place of the trap, one line a replica."
     import matplotlib.pyplot as plt
     axes = plt.subplots(1, 2, figsize=(9, 3.3), layout='constrained')[1] if axes is None else axes
+    whole = slice(window//2, -window//2)
     for k, (trap, force, work) in enumerate(zip(p['trap'], p['force'], p['work'])):
-        axes[0].plot(trap[window//2:-window//2], np.convolve(force, np.ones(window)/window,
-            'same')[window//2:-window//2], lw=0.8, label=f'replica {k}')
+        smooth = np.convolve(force, np.ones(window)/window, 'same')
+        axes[0].plot(trap[whole], smooth[whole], lw=0.8, label=f'replica {k}')
         axes[1].plot(trap, work, lw=0.8)
     axes[0].set(xlabel='trap (nm)', ylabel='force (pN)')
     axes[1].set(xlabel='trap (nm)', ylabel='work (kJ/mol)')

@@ -6,7 +6,7 @@ Docs: https://foldbook.github.io/foldbook/systems.html.md"""
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'metropolis', 'solve_boundary', 'stationary', 'Rates', 'sample_chain', 'MarkovSystem', 'dw1d', 'lshape2d',
-           'persist1d', 'plot_system', 'given', 'history_committor', 'martingale_defect', 'shoot', 'plot_lengths']
+           'persist1d', 'plot_system', 'given', 'history_committor', 'martingale_defect', 'shoot']
 
 # %% ../nbs/10_systems.ipynb #c1dc897b
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+
+from .base import check_choice
 
 # %% ../nbs/10_systems.ipynb #c6e63166
 def metropolis(
@@ -133,11 +135,6 @@ def _starts(system, start, n, ensemble, rng):
         raise ValueError('start: weights must be positive and not all zero')
     return rng.choice(len(weights), n, p=weights / weights.sum())
 
-def _choice(option, value, allowed):
-    "Refuse an unknown word."
-    if value not in allowed:
-        raise ValueError(f'{option}={value!r} is not known; choose one of {", ".join(map(repr, allowed))}')
-
 # %% ../nbs/10_systems.ipynb #8b605e3e
 @dataclass(frozen=True, eq=False)
 class MarkovSystem:
@@ -149,17 +146,39 @@ class MarkovSystem:
     dt: float = 1. # elementary steps between two frames
     labels: tuple = ('x',) # names of the d coordinates
 
-    stationary = cached_property(lambda s: stationary(s.transition)) # (n,)
-    # (n, n), time-reversed chain
-    reversed = cached_property(lambda s: s.stationary * s.transition.T / s.stationary[:, None])
-    committor = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states < 0, np.nan, s.states))) # (n,)
-    backward_committor = cached_property(lambda s: solve_boundary(s.reversed,
-                                                                  np.where(s.states < 0, np.nan, 1 - s.states)))
-    mfpt_to_a = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states == 0, 0, np.nan), 1.))
-    mfpt_to_b = cached_property(lambda s: solve_boundary(s.transition, np.where(s.states == 1, 0, np.nan), 1.))
+    @cached_property
+    def stationary(self) -> np.ndarray: # (n,)
+        "Stationary law."
+        return stationary(self.transition)
+
+    @cached_property
+    def reversed(self) -> np.ndarray: # (n, n)
+        "Transition matrix of the time-reversed chain."
+        return self.stationary * self.transition.T / self.stationary[:, None]
+
+    @cached_property
+    def committor(self) -> np.ndarray: # (n,)
+        "Probability to reach B before A."
+        return solve_boundary(self.transition, np.where(self.states < 0, np.nan, self.states))
+
+    @cached_property
+    def backward_committor(self) -> np.ndarray: # (n,)
+        "Probability that A was visited after B."
+        return solve_boundary(self.reversed, np.where(self.states < 0, np.nan, 1 - self.states))
+
+    @cached_property
+    def mfpt_to_a(self) -> np.ndarray: # (n,) frames
+        "Mean first passage time to A."
+        return solve_boundary(self.transition, np.where(self.states == 0, 0, np.nan), 1.)
+
+    @cached_property
+    def mfpt_to_b(self) -> np.ndarray: # (n,) frames
+        "Mean first passage time to B."
+        return solve_boundary(self.transition, np.where(self.states == 1, 0, np.nan), 1.)
 
     @cached_property
     def rates(self) -> Rates:
+        "Flux, passage times and transition-path time."
         pi, q, q_minus = self.stationary, self.committor, self.backward_committor
         J = float((pi * (self.transition @ q))[self.states == 0].sum())
         return Rates(J, *(float(pi @ f) / J for f in (q_minus, 1 - q_minus, q * q_minus)))
@@ -170,20 +189,21 @@ class MarkovSystem:
         seed: int = 0,
         ensemble: str = 'free', # or 'absorbed': stop on the first frame in A or B
         length: str = 'fixed', # or 'poisson': stopped by a clock, geometric with mean `n_frames`
-        start=None, # first microstates, or a weight for each microstate; None: stationary (between A and B if absorbed)
+        start: np.ndarray | int | None = None, # first microstates, or a weight for each; None: the stationary law
     ) -> list: # int32 (T,) microstates of each trajectory
-        "Sample trajectories; raises `ValueError` for an unknown option."
-        _choice('ensemble', ensemble, ('free', 'absorbed'))
-        _choice('length', length, ('fixed', 'poisson'))
+        "Sample trajectories. Raises `ValueError` for an unknown option."
+        check_choice('ensemble', ensemble, ('free', 'absorbed'))
+        check_choice('length', length, ('fixed', 'poisson'))
         rng = np.random.default_rng(seed)
         first = _starts(self, start, n_trajectories, ensemble, rng)
-        lengths = rng.geometric(1 / n_frames, n_trajectories) if length == 'poisson' else np.full(n_trajectories,
-                                                                                                  n_frames)
+        lengths = np.full(n_trajectories, n_frames)
+        if length == 'poisson': lengths = rng.geometric(1 / n_frames, n_trajectories)
         return sample_chain(self.transition, first, lengths, int(rng.integers(2**32)),
                             self.states >= 0 if ensemble == 'absorbed' else None)
 
-    # coordinates float32 (T, d), flags int8 (T,), exact committor (T,): a list of each
-    def observe(self, paths) -> tuple:
+    def observe(self,
+        paths: list, # microstates (T,) of each trajectory
+    ) -> tuple: # coordinates float32 (T, d), flags int8 (T,), exact committor (T,): a list of each
         "Sampled microstates as features, states and the exact answer."
         values = self.coordinates.astype(np.float32), self.states, self.committor
         return tuple([v[p] for p in paths] for v in values)
@@ -272,22 +292,22 @@ def _plot_plane(system, axes):
 
 # %% ../nbs/10_systems.ipynb #6bc08a3a
 def plot_system(
-    system, # a `MarkovSystem`
-    axes=None, # two axes; made if not given
+    system: MarkovSystem,
+    axes: list | None = None, # two axes; made if not given
 ): # the figure
     "Free energy and exact committor of a system."
     import matplotlib.pyplot as plt
     if axes is None: axes = plt.subplots(1, 2, figsize=(7, 2.8), layout='constrained')[1]
-    is_grid = len(np.unique(system.coordinates[:,
-        -1])) == round(len(system.states)**0.5) and system.coordinates.shape[1] == 2
+    last = np.unique(system.coordinates[:, -1])
+    is_grid = system.coordinates.shape[1] == 2 and len(last) == round(len(system.states)**0.5)
     (_plot_plane if is_grid else _plot_line)(system, axes)
     axes[0].set_title(system.name)
     return axes[0].figure
 
 # %% ../nbs/10_systems.ipynb #d487fd8d
 def given(
-    system, # a `MarkovSystem`
-    columns=(0,), # coordinates that the observer sees
+    system: MarkovSystem,
+    columns: tuple = (0,), # coordinates that the observer sees
 ) -> np.ndarray: # (n,)
     "Committor averaged over what is hidden: the conditional expectation of q given some of the coordinates."
     seen = system.coordinates[:, list(columns)]
@@ -313,9 +333,9 @@ def _forward_filter(P, pi, q, group, members, first, seen):
 
 # %% ../nbs/10_systems.ipynb #5ca5fff4
 def history_committor(
-    system, # a `MarkovSystem`
-    paths, # microstates (T,) of each trajectory; only the columns named next are looked at, and the flags
-    columns=(0,), # coordinates that the observer sees
+    system: MarkovSystem,
+    paths: list, # microstates (T,) of each trajectory; only the columns named next are looked at, and the flags
+    columns: tuple = (0,), # coordinates that the observer sees
 ) -> list: # float64 (T,) per trajectory
     """Probability to reach B next given all that was seen so far, by the forward filter of a hidden Markov model
     (Baum et al. 1970)."""
@@ -327,15 +347,15 @@ def history_committor(
 
 # %% ../nbs/10_systems.ipynb #ac0022a5
 def martingale_defect(
-    system, # a `MarkovSystem`
-    f, # (n,) any function of the microstate
+    system: MarkovSystem,
+    f: np.ndarray, # (n,) any function of the microstate
 ) -> float:
     "Largest expected change of f in one frame from a state outside A and B; zero for the committor."
     return float(np.abs((system.transition @ f - f)[system.states < 0]).max())
 
 # %% ../nbs/10_systems.ipynb #ea14773f
 def shoot(
-    system, # a `MarkovSystem`
+    system: MarkovSystem,
     microstate: int, # where every trajectory starts
     n_shots: int = 1000,
     seed: int = 0,
@@ -343,21 +363,3 @@ def shoot(
     "Committor of one microstate by counting absorbed trajectories; its standard error is $\\sqrt{q(1-q)/n}$."
     shots = system.sample(1_000_000, n_shots, seed, ensemble='absorbed', start=microstate)
     return float(np.mean([system.states[path[-1]] for path in shots]))
-
-# %% ../nbs/10_systems.ipynb #19779f9d
-def plot_lengths(
-    ensembles: dict, # name -> list of trajectories
-    states, # (n,) flags of the microstates
-    ax=None,
-): # the axes
-    "Share of trajectories that are longer than a number of frames, and how they ended."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7, 3), layout='constrained')[1]
-    for name, paths in ensembles.items():
-        length = np.sort([len(p) for p in paths])
-        share = np.mean([states[p[-1]] >= 0 for p in paths])
-        ax.step(length, 1 - np.arange(len(length)) / len(length), where='post', label=f'{name}: {share:.0%} end in A '
-                f'or B')
-    ax.set(xlabel='length (frames)', ylabel='share of trajectories at least this long', xscale='log', ylim=(0, 1.05))
-    ax.legend()
-    return ax

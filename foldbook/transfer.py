@@ -1,4 +1,4 @@
-"""A network whose tokens are residues learns the committor of one protein and is carried to another, without and with further training; $Z_q$ says how far it gets.
+"""A network whose tokens are residues is carried from one protein to another; $Z_q$ says how far it gets
 
 Docs: https://foldbook.github.io/foldbook/transfer.html.md"""
 
@@ -6,26 +6,28 @@ Docs: https://foldbook.github.io/foldbook/transfer.html.md"""
 
 # %% auto #0
 __all__ = ['RESIDUE', 'MOLECULE', 'neighbours', 'ResidueTokens', 'Protein', 'load_protein', 'TokenWindows', 'ResidueBody',
-           'ResidueNetwork', 'committor_of', 'ResidueOptions', 'ResidueStudent']
+           'ResidueNetwork', 'ResidueOptions', 'ResidueStudent', 'student_options', 'make_student']
 
 # %% ../nbs/47_transfer.ipynb #26bceb50
-import json, math, time
+import json
+import math
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from sklearn.base import BaseEstimator
 from torch import nn
-from tqdm.auto import tqdm
 
-from . import data, features
-from .committor import as_ensemble, check_states, clamp, replacing, states_from
-from .distill import Distillation, StudentOptions, lambda_at, solve_head, targets
-from .forecast import quiet
+from .base import check_choice, check_least, digest, jsonable, read_tensors, write_tensors
+from .committor import as_ensemble, check_states, states_from
+from .distill import (HARDWARE, Distillation, Student, StudentOptions, restored, solve_head, train_network,
+                              with_nan)
+from .networks import ARCHITECTURES, Windows, predict
+from .objectives import TARGETS
+from .training import quiet
 
 # %% ../nbs/47_transfer.ipynb #1eb0747f
 RESIDUE = {
@@ -75,14 +77,15 @@ class ResidueTokens:
         native, # native structure: file, `mdtraj.Trajectory` or `GoModel`
         contacts=None, # (n, 2) residue pairs; None: the model's, else those of the structure
     ):
+        from foldbook import features
         self.featurizer = features.named(_COLUMNS, native, contacts) # makes the columns that are needed
         f = self.featurizer.features
         self.columns = {k: [c for c, n in enumerate(f.names) if n.startswith(p)] for k, p in _KINDS.items()}
         place = {f.atoms[c][0]: i for i, c in enumerate(self.columns['xyz'][::3])}
-        self.n_residues, self.pairs = len(place), np.array([[place[a] for a in f.atoms[c]]
-                                                            for c in self.columns['contact']])
-        structure = features.load_native(native) if isinstance(native, (str, Path)) else getattr(native, 'native',
-                                                                                                 native)
+        self.n_residues = len(place)
+        self.pairs = np.array([[place[a] for a in f.atoms[c]] for c in self.columns['contact']])
+        is_file = isinstance(native, (str, Path))
+        structure = features.load_native(native) if is_file else getattr(native, 'native', native)
         self.native = self._named(self.featurizer(structure))
 
     def _named(self, x): return {k: x[:, c] for k, c in self.columns.items()}
@@ -111,7 +114,8 @@ def _molecule(x, native, pairs):
 # %% ../nbs/47_transfer.ipynb #9f1fbf47
 def _residues(x, native, pairs, n):
     "What the tokens of the residues hold: (T, N, 9). Ends of the chain, which lack an angle, count as native."
-    out, member = np.zeros((len(x['Q']), n, len(RESIDUE)), np.float32), np.zeros((len(pairs), n), np.float32)
+    out = np.zeros((len(x['Q']), n, len(RESIDUE)), np.float32)
+    member = np.zeros((len(pairs), n), np.float32)
     member[np.arange(len(pairs))[:, None], pairs] = 1
     share = member / np.maximum(member.sum(0), 1)
     xyz, xyz0 = (a['xyz'].reshape(-1, n, 3) for a in (x, native))
@@ -136,14 +140,15 @@ def load_protein(
     progress: bool = False,
 ) -> Protein:
     "Fetch a data set and make tokens; raises `KeyError` for a name that is not registered."
+    from foldbook import data, features
     d = data.fetch(name, progress=progress)
     rule = ResidueTokens(d.topology)
     X, description = features.stream(d.trajectories, d.topology, rule.featurizer, progress=progress)
     return Protein(name, [rule(x) for x in X], states_from(X, description, **d.states), d.frame_spacing_ps)
 
 # %% ../nbs/47_transfer.ipynb #c20e35e4
-class TokenWindows:
-    "All frames of several proteins, standardised and padded to the longest; behaves like `distill.Windows`."
+class TokenWindows(Windows):
+    "All frames of several proteins, standardised and padded to the longest."
     def __init__(self,
         ensembles: list, # for each protein, float32 (T, 1 + N, C) per trajectory
         mean: np.ndarray, # (2, C) subtracted: of the molecule, of residues
@@ -156,28 +161,19 @@ class TokenWindows:
         self.lengths, sizes, steps = zip(*((len(x), x.shape[1], e) for x, e in trajectories))
         self.frames = torch.zeros(sum(self.lengths), max(sizes), trajectories[0][0].shape[2])
         for rows, (x, _) in zip(self.frames.split(self.lengths), trajectories):
-            rows[:, 0], rows[:, 1:x.shape[1]] = (torch.from_numpy((x[:, part] - m) / s)
-                                                 for part, m, s in zip((0, slice(1, None)), mean, scale))
-        spread = lambda values: torch.from_numpy(np.repeat(values, self.lengths))
-        self.size, self.every, self.first = spread(sizes), spread(steps), spread(np.cumsum(self.lengths) - self.lengths)
-        self.back, self.pace = torch.arange(1, window), torch.from_numpy(np.stack([pace[0]] + (max(sizes) - 1)
-                                                                                  * [pace[1]]))
-
-    def to(self, device):
-        for name, x in vars(self).items():
-            if torch.is_tensor(x): setattr(self, name, x.to(device))
+            rows[:, 0] = torch.from_numpy((x[:, 0] - mean[0]) / scale[0])
+            rows[:, 1:x.shape[1]] = torch.from_numpy((x[:, 1:] - mean[1]) / scale[1])
+        self.size, self.every = self.spread(sizes), self.spread(steps)
+        self.first, self.back = self.spread(np.cumsum(self.lengths) - self.lengths), torch.arange(1, window)
+        self.pace = torch.from_numpy(np.stack([pace[0]] + (max(sizes) - 1) * [pace[1]]))
 
     def __call__(self, index): # (B,) -> (B, M, C * W) and bool (B, M)
         "Tokens of the given frames with their changes, and which of them are there."
         before = torch.maximum(index[:, None] - self.every[index][:, None] * self.back, self.first[index][:, None])
         x = self.frames[index]
         changes = (x[:, None] - self.frames[before]) / self.pace
-        return torch.cat([x, *changes.unbind(1)], -1), torch.arange(x.shape[1], device=x.device) < self.size[index][:,
-            None]
-
-    def split(self, values): # (N,) -> list of (T,)
-        "Cut a series over all frames back into trajectories."
-        return np.split(values, np.cumsum(self.lengths)[:-1])
+        there = torch.arange(x.shape[1], device=x.device) < self.size[index][:, None]
+        return torch.cat([x, *changes.unbind(1)], -1), there
 
 # %% ../nbs/47_transfer.ipynb #1038a5ae
 class ResidueBody(nn.Module):
@@ -207,45 +203,33 @@ class ResidueNetwork(nn.Module):
         self.head = nn.Linear(self.body.width, 1)
     def forward(self, batch): return self.head(self.body(batch)).squeeze(-1) # log-odds (B,)
 
-# %% ../nbs/47_transfer.ipynb #a060220c
-@torch.no_grad()
-def committor_of(
-    network: nn.Module, # tokens to log-odds
-    windows: TokenWindows, # frames to run over
-    states: list | None = None, # flags of the same frames; on the boundary they are the answer
-    batch: int = 1024, # frames at a time
-) -> list: # float64 (T,) per trajectory
-    "Committor of every frame, evaluated between the states only if the states are given."
-    was, _ = network.training, network.eval()
-    r = np.full(len(windows.frames), -1.) if states is None else np.concatenate(states).astype(np.float64)
-    inside = np.flatnonzero(r < 0)
-    index = torch.from_numpy(inside).to(windows.frames.device)
-    if len(inside):
-        r[inside] = torch.cat([torch.sigmoid(network(windows(i))) for i in index.split(batch)]).cpu().numpy()
-    network.train(was)
-    return windows.split(r)
-
 # %% ../nbs/47_transfer.ipynb #b832a360
-class _Training(Distillation):
-    "The training of chapter 42, with targets that cost half as much."
-    def targets(self, loss):
-        r = committor_of(self.network, self.windows, self.states) if loss == 'martingale' else None
-        return targets(loss, self.states, r, None, lambda_at(self.current_epoch, self.options))
+_BATCH = 1024 # frames at a time; a Transformer over residues needs more memory than a window of features
+
+class _ResidueDistillation(Distillation):
+    "The training of the chapter Distillation, with targets that cost half as much."
+    def estimate(self): return predict(self.network, self.windows, self.states, _BATCH)
 
 # %% ../nbs/47_transfer.ipynb #e14a955b
 def _standard(ensembles, states):
     """Mean and scale of the channels between the states, and their pace in units of the scale: (2, C) each, of the
     molecule and of residues."""
-    C, rows = ensembles[0][0].shape[2], (slice(0, 1), slice(1, None))
-    pool = lambda part, cut: np.concatenate([cut(x, s)[:, part].reshape(-1, C) for X, S in zip(ensembles, states)
-                                             for x, s in zip(X, S)])
-    inside, change = lambda x, s: x[s < 0], lambda x, s: np.diff(x, axis=0)
-    unit = lambda v: np.where(v > 1e-6, v, 1)
-    values, changes = [pool(p, inside) for p in rows], [pool(p, change) for p in rows]
-    mean = np.stack([v.mean(0) if len(v) else np.zeros(C) for v in values])
-    scale = np.stack([unit(v.std(0)) if len(v) else np.ones(C) for v in values])
-    pace = np.stack([unit(v.std(0)) if len(v) else np.ones(C) for v in changes]) / scale
-    return tuple(v.astype(np.float32) for v in (mean, scale, pace))
+    frames = [(x, s) for X, S in zip(ensembles, states) for x, s in zip(X, S)]
+    mean, scale, pace = [], [], []
+    for part in (slice(0, 1), slice(1, None)):
+        values = [x[s < 0][:, part].reshape(-1, x.shape[2]) for x, s in frames]
+        changes = [np.diff(x, axis=0)[:, part].reshape(-1, x.shape[2]) for x, s in frames]
+        values, changes = np.concatenate(values), np.concatenate(changes)
+        mean.append(values.mean(0) if len(values) else np.zeros(values.shape[1]))
+        scale.append(_unit(values))
+        pace.append(_unit(changes) / scale[-1])
+    return tuple(np.stack(v).astype(np.float32) for v in (mean, scale, pace))
+
+def _unit(values):
+    "Standard deviation of each column; 1 where nothing changes."
+    if not len(values): return np.ones(values.shape[1])
+    spread = values.std(0)
+    return np.where(spread > 1e-6, spread, 1)
 
 # %% ../nbs/47_transfer.ipynb #3b458b34
 def _checked(ensembles, states, name='tokens'):
@@ -260,15 +244,34 @@ def _checked(ensembles, states, name='tokens'):
         raise ValueError(f'{name} have different numbers of channels; make them with one rule')
     return X, [check_states(s, [len(x) for x in x_]) for s, x_ in zip(states, X)]
 
+def _checked_teachers(student, teachers, states):
+    "Committor of the training frames, for the losses that need one."
+    if not student.loss.startswith('teacher'): return None
+    if teachers is None: raise ValueError(f'loss={student.loss!r} needs teacher=, the committor of the training frames')
+    if len(teachers) != len(states):
+        raise ValueError(f'teachers of {len(teachers)} proteins and states of {len(states)}; give one list for each')
+    found = [as_ensemble(t, np.float64, f'teacher of protein {i}') for i, t in enumerate(teachers)]
+    for t, s in zip(found, states): check_states(s, [len(x) for x in t])
+    return found
+
+# %% ../nbs/47_transfer.ipynb #a897ea09
+def _check_options(o):
+    "Refuse options that make no student."
+    check_choice('loss', o.loss, TARGETS)
+    check_least(o, ('window', 'hidden', 'heads', 'batches', 'batch_size', 'patience'))
+    check_least(o, ('layers', 'threads'), 0)
+    if o.hidden % o.heads:
+        raise ValueError(f'hidden={o.hidden} cannot be shared by {o.heads} heads; give a multiple')
+
 # %% ../nbs/47_transfer.ipynb #39840c0c
-@dataclass
+@dataclass(eq=False)
 class ResidueOptions:
     "What a student of residues is and how it is trained; every field is an argument of `ResidueStudent`."
     window: int = 4 # frames seen, the present one included
     hidden: int = 16 # width of the layers
     layers: int = 1 # of the Transformer; 0: the token of the molecule alone is read
     heads: int = 2 # of the attention
-    loss: str = 'martingale' # or 'outcome'
+    loss: str = 'martingale' # one of `objectives.TARGETS`
     lam: float = 0.5 # of the martingale targets, at the end of training
     dropout: float = 0.
     batches: int = 240 # of training, for 5000 frames; more for more
@@ -278,127 +281,145 @@ class ResidueOptions:
     average: float = 0.95 # decay of the running average of the weights, per batch
     patience: int = 8 # epochs, if validation data are given
     seed: int = 0
+    accelerator: str = 'cpu' # passed to Lightning, with `devices`
+    devices: int | str = 'auto' # 2: two processes share each batch, as for `Student`
     threads: int = 1
 
-    def __post_init__(self):
-        for name in ('window', 'hidden', 'heads', 'batches', 'batch_size', 'patience'):
-            if (value := getattr(self, name)) < 1: raise ValueError(f'{name}={value}; it must be at least 1')
-        if self.hidden % self.heads:
-            raise ValueError(f'hidden={self.hidden} cannot be shared by {self.heads} heads; give a multiple')
-        if self.loss not in ('martingale', 'outcome'):
-            raise ValueError(f'loss={self.loss!r} is not known; choose martingale or outcome')
-        self.network, self.history, self.seconds, self.mean, self.scale, self.pace = None, [], 0., None, None, None
+    def __post_init__(self): _check_options(self)
 
-    def training(self, n_frames): # interior frames -> `distill.StudentOptions`
-        "Options of the trainer of chapter 42; the length of training goes with the square root of the data."
-        own = {f.name for f in fields(self)} & {f.name for f in fields(StudentOptions)}
+    def training(self,
+        n_frames: int, # between the states
+    ) -> StudentOptions:
+        "Options of the trainer of the chapter Distillation; its length goes with the square root of the data."
+        own = {f.name for f in fields(self)} & {f.name for f in fields(StudentOptions)} - {'window', 'hidden'}
         epochs = round(self.batches * math.sqrt(n_frames / 5000) / math.ceil(n_frames / self.batch_size))
-        return StudentOptions(architecture='transformer', max_epochs=max(2, epochs),
-                              **{k: getattr(self, k) for k in own})
+        return StudentOptions(max_epochs=max(2, epochs), **{k: getattr(self, k) for k in own})
 
 # %% ../nbs/47_transfer.ipynb #87910a60
-def _train(student, network, windows, states, validation, progress):
+def _train(student, network, X, S, teacher, validation, every, directory, start, progress):
     "Train a network in place and return the log book."
+    windows, states = student._windows(X, every), [s for flags in S for s in flags]
+    taught = None if teacher is None else [t for part in teacher for t in part]
+    held_out = validation and (student._windows([validation[0]], np.ravel(every)[-1:]), validation[1])
     options = student.training(sum(int((s < 0).sum()) for s in states))
-    with tqdm(total=options.max_epochs, disable=not progress, desc='residues') as bar:
-        model = _Training(options, network, windows, states, None, validation, '', lambda row: bar.update())
-        pl.Trainer(max_epochs=options.max_epochs, accelerator='cpu', devices=1, logger=False,
-                   enable_checkpointing=False, enable_progress_bar=False,
-                   enable_model_summary=False, num_sanity_val_steps=0).fit(model)
-    network.load_state_dict(model.log_book['best'])
-    return model.log_book
-
-# %% ../nbs/47_transfer.ipynb #a6799968
-class _Stored:
-    "Saving and loading."
-    def save(self,
-        directory, # created if absent
-    ) -> None:
-        "Write `residues.safetensors`."
-        if self.network is None: raise ValueError('this student has not been trained; call fit first')
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        tensors = {f'network.{k}': v.contiguous()
-                   for k, v in self.network.state_dict().items()} | {k: torch.from_numpy(getattr(self, k))
-                                                                     for k in ('mean', 'scale', 'pace')}
-        card = json.dumps(dict(options=asdict(self), seconds=self.seconds, history=self.history))
-        replacing(Path(directory) / 'residues.safetensors', lambda p: save_file(tensors, str(p), dict(card=card)))
-
-    @classmethod
-    def load(cls,
-        directory, # written by `save`
-    ) -> 'ResidueStudent':
-        "Read a student back; raises `FileNotFoundError` if the directory holds none."
-        path = Path(directory) / 'residues.safetensors'
-        if not path.exists():
-            raise FileNotFoundError(f'{directory} has no {path.name}; give the directory that ResidueStudent.save wrote')
-        with safe_open(str(path), 'pt') as f:
-            card, tensors = json.loads(f.metadata()['card']), {k: f.get_tensor(k) for k in f.keys()}
-        self = cls(**card['options'])
-        self.mean, self.scale, self.pace = (tensors.pop(k).numpy() for k in ('mean', 'scale', 'pace'))
-        self.network = self._network({k.removeprefix('network.'): v for k, v in tensors.items()})
-        self.seconds, self.history = card['seconds'], card['history']
-        return self
-
-# %% ../nbs/47_transfer.ipynb #445958c3
-class _Built(ResidueOptions):
-    "What a student makes from its options."
-    @property
-    def n_parameters(self): return sum(p.numel() for p in self.network.parameters())
-
-    def _network(self, weights=None):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            network = ResidueNetwork(self.mean.shape[1] * self.window, self.hidden, self.layers, self.heads,
-                                     self.dropout)
-        if weights is not None: network.load_state_dict(weights)
-        return network.eval()
-
-    def _windows(self, ensembles, every):
-        every = np.broadcast_to(every, len(ensembles)).tolist()
-        if min(every) < 1: raise ValueError(f'every={every}; the window needs steps of at least one frame')
-        return TokenWindows([[x if self.layers else x[:, :1] for x in X] for X in ensembles], self.mean, self.scale,
-                            self.pace, self.window, every)
+    fingerprint = ''
+    if directory:
+        own = {k: v for k, v in asdict(student).items() if k not in HARDWARE}
+        begun = start and [start.network.state_dict()[k] for k in start.network.state_dict()]
+        fingerprint = digest('residues', own, X, S, teacher, validation, np.ravel(every), begun)
+    checkpoint = Path(directory) / 'residues.ckpt' if directory else None
+    task = _ResidueDistillation(options, network, windows, states, taught, held_out)
+    return train_network(task, checkpoint, fingerprint, f'residue, {student.loss}', progress)
 
 # %% ../nbs/47_transfer.ipynb #5e35972e
-class ResidueStudent(_Built, _Stored):
-    "A committor for proteins of any length, from causal windows of residue tokens."
+class ResidueStudent(ResidueOptions, BaseEstimator):
+    """A committor for proteins of any length, from causal windows of residue tokens. Options are those of
+    `ResidueOptions`."""
+    def __post_init__(self):
+        super().__post_init__()
+        self.network, self.history, self.seconds, self.mean, self.scale, self.pace = None, [], 0., None, None, None
+
+    @property
+    def n_parameters(self) -> int:
+        "Weights of the network."
+        return sum(p.numel() for p in self.network.parameters()) if self.network else 0
+
     def fit(self,
-        tokens, # for each protein, float32 (T, 1 + N, C) per trajectory
-        states, # for each protein, int8 (T,) per trajectory: 0 in A, 1 in B, -1 elsewhere
-        start=None, # a trained student to go on from
+        features, # tokens of one protein, float32 (T, 1 + N, C) per trajectory
+        states, # int8 (T,) per trajectory: 0 in A, 1 in B, -1 elsewhere
+        teacher=None, # committor of the same frames, for the teacher losses
+        validation=None, # (tokens, states) of other trajectories, for early stopping
+        directory=None, # where to keep a checkpoint; a fit that was killed goes on from there
+        progress: bool = True, # show a bar of epochs
+        **how, # `start`, `head` and `every` of `fit_proteins`
+    ) -> 'ResidueStudent':
+        "Train on one protein; raises `ValueError` for data that do not fit together or another student's checkpoint."
+        return self.fit_proteins([features], [states], None if teacher is None else [teacher], validation, directory,
+                                 progress, **how)
+
+    def fit_proteins(self,
+        ensembles, # for each protein, its tokens, float32 (T, 1 + N, C) per trajectory
+        states, # for each protein, int8 (T,) per trajectory
+        teachers=None, # for each protein, committor of the same frames, for the teacher losses
+        validation=None, # (tokens, states) of trajectories of the last protein, for early stopping
+        directory=None, # where to keep a checkpoint; a fit that was killed goes on from there
+        progress: bool = True, # show a bar of epochs
+        start: 'ResidueStudent | None' = None, # a trained student to go on from
         head: bool = False, # change the last layer only; needs `start`
         every=1, # frames from one entry of the window to the next; one number, or one for each protein
-        validation=None, # (tokens, states) of trajectories of the last protein, for early stopping
-        progress: bool = True, # show a bar of epochs
     ) -> 'ResidueStudent':
-        "Train on one protein or on several at once; raises `ValueError` for data that do not fit together."
-        X, S = _checked(tokens, states)
+        "Train on several proteins at once; raises `ValueError` as `fit` does."
+        _check_options(self)
+        X, S = _checked(ensembles, states)
+        teachers = _checked_teachers(self, teachers, S)
+        if validation is not None:
+            V, W = _checked([validation[0]], [validation[1]], 'validation tokens')
+            validation = V[0], W[0]
         _same(self, start, head, X)
         self.mean, self.scale, self.pace = (start.mean, start.scale, start.pace) if start else _standard(X, S)
-        network, flat, began = self._network(start and start.network.state_dict()), [s for s_ in S
-                                                                                     for s in s_], time.perf_counter()
-        if validation: V, W = _checked([validation[0]], [validation[1]], 'validation tokens')
-        with quiet(self.threads):
-            torch.manual_seed(self.seed)
-            if head: solve_head(network, self._windows(X, every), flat, self.lam)
+        network = self._network(start and start.network.state_dict())
+        with quiet(self.threads, self.seed):
+            began = time.perf_counter()
+            if head:
+                solve_head(network, self._windows(X, every), [s for flags in S for s in flags], self.lam)
+                self.history, self.seconds = [], time.perf_counter() - began
             else:
-                self.history = _train(self, network, self._windows(X, every), flat,
-                    (self._windows(V, np.ravel(every)[-1]), W[0]) if validation else None, progress)['history']
-        self.network, self.seconds = network.eval(), time.perf_counter() - began
+                book = _train(self, network, X, S, teachers, validation, every, directory, start, progress)
+                self.history, self.seconds = book['history'], book['seconds']
+        self.network = network.eval()
         return self
 
     def transform(self,
-        tokens, # of one protein, (T, 1 + N, C) per trajectory
+        features, # tokens of one protein, (T, 1 + N, C) per trajectory
         states=None, # flags of the same frames; the result is then exactly 0 on A and 1 on B
         every: int = 1, # frames from one entry of the window to the next
     ) -> list: # float64 (T,) per trajectory
         "Committor of every frame; nothing later is read."
         if self.network is None: raise ValueError('this student has not been trained; call fit or load first')
-        X = as_ensemble(tokens, np.float32, 'tokens')
+        X = as_ensemble(features, np.float32, 'tokens')
         if any(x.ndim != 3 or x.shape[2] != self.mean.shape[1] for x in X):
             raise ValueError(f'this student reads (T, 1 + N, {self.mean.shape[1]}) tokens; found {X[0].shape}')
         if states is not None: states = check_states(states, [len(x) for x in X], both=False)
-        with quiet(self.threads): return committor_of(self.network, self._windows([X], every), states)
+        with quiet(self.threads): return predict(self.network, self._windows([X], every), states, _BATCH)
+
+    def save(self,
+        directory: str | Path, # created if absent
+    ) -> None:
+        "Write `residues.safetensors`."
+        if self.network is None: raise ValueError('this student has not been trained; call fit first')
+        tensors = {f'network.{k}': v for k, v in self.network.state_dict().items()}
+        tensors |= {k: torch.from_numpy(getattr(self, k)) for k in ('mean', 'scale', 'pace')}
+        card = dict(options=asdict(self), seconds=self.seconds, history=self.history)
+        write_tensors(Path(directory) / 'residues.safetensors', tensors, dict(card=json.dumps(jsonable(card))))
+
+    @classmethod
+    def load(cls,
+        directory: str | Path, # written by `save`
+    ) -> 'ResidueStudent':
+        "Read a student back; raises `FileNotFoundError` if the directory holds none."
+        path = Path(directory) / 'residues.safetensors'
+        if not path.exists():
+            raise FileNotFoundError(f'{directory} has no {path.name}; give the directory that ResidueStudent.save '
+                                    'wrote')
+        tensors, metadata = read_tensors(path)
+        card = json.loads(metadata['card'])
+        self = cls(**card['options'])
+        self.mean, self.scale, self.pace = (tensors.pop(k).numpy() for k in ('mean', 'scale', 'pace'))
+        self.network = self._network({k.removeprefix('network.'): v for k, v in tensors.items()})
+        self.seconds, self.history = card['seconds'], with_nan(card['history'])
+        return self
+
+    def _network(self, weights=None):
+        def build():
+            torch.manual_seed(self.seed)
+            return ResidueNetwork(self.mean.shape[1] * self.window, self.hidden, self.layers, self.heads, self.dropout)
+        return restored(build, weights)
+
+    def _windows(self, ensembles, every):
+        every = np.broadcast_to(every, len(ensembles)).tolist()
+        if min(every) < 1: raise ValueError(f'every={every}; the window needs steps of at least one frame')
+        seen = [[x if self.layers else x[:, :1] for x in X] for X in ensembles]
+        return TokenWindows(seen, self.mean, self.scale, self.pace, self.window, every)
 
 # %% ../nbs/47_transfer.ipynb #485cd839
 def _same(student, start, head, X):
@@ -407,7 +428,29 @@ def _same(student, start, head, X):
         raise ValueError('head=True changes the last layer of a trained student; give it as start=')
     if start is None: return
     if start.network is None: raise ValueError('start= has not been trained; call fit or load first')
-    if any(getattr(student, k) != getattr(start, k) for k in ('window', 'hidden', 'layers',
-                                                              'heads')) or X[0][0].shape[2] != start.mean.shape[1]:
+    shape = ('window', 'hidden', 'layers', 'heads')
+    if any(getattr(student, k) != getattr(start, k) for k in shape) or X[0][0].shape[2] != start.mean.shape[1]:
         raise ValueError('start= has another window, width, number of layers or heads, or other channels; make the '
                          'new student with the same')
+
+# %% ../nbs/47_transfer.ipynb #07827b00
+def student_options(
+    architecture: str, # 'lstm', 'transformer', 'mlp' or 'residue'
+) -> tuple:
+    "Names of the options of a student, besides architecture and loss; raises `ValueError` for an unknown architecture."
+    check_choice('architecture', architecture, (*ARCHITECTURES, 'residue'))
+    kind = ResidueStudent if architecture == 'residue' else Student
+    return tuple(f.name for f in fields(kind) if f.name not in ('architecture', 'loss'))
+
+def make_student(
+    architecture: str, # 'lstm', 'transformer', 'mlp' (`Student`) or 'residue' (`ResidueStudent`)
+    loss: str = 'martingale', # one of `objectives.LOSSES`
+    **options, # of the class
+) -> Student | ResidueStudent:
+    "An untrained student; raises `ValueError` for an unknown architecture, loss or option."
+    allowed = student_options(architecture)
+    if unknown := [k for k in options if k not in allowed]:
+        raise ValueError(f'{unknown[0]} is not an option of a student of architecture {architecture!r}; choose from '
+                         f'{", ".join(allowed)}')
+    if architecture == 'residue': return ResidueStudent(loss=loss, **options)
+    return Student(architecture, loss, **options)

@@ -1,4 +1,4 @@
-"""A test that only the true committor passes, with its sampling law, its error bars and a verdict in words
+"""A test that only the true committor passes, with its sampling law and its error bars
 
 Docs: https://foldbook.github.io/foldbook/zq.html.md"""
 
@@ -7,18 +7,17 @@ Docs: https://foldbook.github.io/foldbook/zq.html.md"""
 # %% auto #0
 __all__ = ['LIMIT', 'excursions', 'log_edges', 'nominal_lengths', 'mean_transition_path', 'default_lags', 'Verdict', 'ZqResult',
            'cut_profiles', 'plot_zq', 'lag_windows', 'cut_profile', 'measure_law', 'law', 'is_short', 'cycle_bootstrap',
-           'Scores', 'scores', 'paired_log_loss', 'calibration', 'plot_calibration', 'error_budget', 'studentised',
-           'regular', 'TauProfile', 'profile_tau', 'as_probability', 'judge', 'profile', 'explain']
+           'studentised', 'regular', 'TauProfile', 'profile_tau']
 
 # %% ../nbs/41_zq.ipynb #4f557693
-import math, warnings
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from .committor import as_ensemble, check_coordinate, check_weights, clamp, count_transitions, log_loss, outcomes
+from .committor import as_ensemble, check_coordinate, check_weights, departures
 
 # %% ../nbs/41_zq.ipynb #d35ab250
 @njit(cache=True)
@@ -155,8 +154,9 @@ def _compensated(r, states, lags, bins, weights, lengths):
 
 # %% ../nbs/41_zq.ipynb #25e9a894
 def nominal_lengths(
-    states, # flags, int8 (T,) per trajectory
-    lengths=None, # frames granted: one number for all, or one per trajectory; None: those in the files
+    states: list, # flags, int8 (T,) per trajectory
+    # frames granted: one number for all, or one per trajectory; None: those in the files
+    lengths: int | list | None = None,
     clock: float | None = None, # mean frames granted by a random clock, instead of `lengths`
     seed: int = 0, # of the clock
 ) -> np.ndarray: # int64 (number of trajectories,)
@@ -177,7 +177,7 @@ def nominal_lengths(
 
 # %% ../nbs/41_zq.ipynb #45fe1fe6
 def mean_transition_path(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> float: # frames, nan when there is none
     "Mean number of frames from the last frame in one state to the first in the other."
     visits = [(s, np.flatnonzero(s >= 0)) for s in states]
@@ -186,7 +186,7 @@ def mean_transition_path(
 
 # %% ../nbs/41_zq.ipynb #d07e2277
 def default_lags(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> np.ndarray: # int64 (L,), frames
     "Powers of two up to ten mean transition paths, half the longest trajectory, or 2**15, whichever comes first."
     path, longest = mean_transition_path(states), max(map(len, states))
@@ -207,13 +207,6 @@ def _check_lags(lags, states):
 def _check_weights(weights, r):
     "One weight per frame, not negative, or nothing."
     return None if weights is None else check_weights(weights, [len(x) for x in r])
-
-# %% ../nbs/41_zq.ipynb #a71f6432
-def _departures(flags):
-    "Last frame in A of each transition A to B, and first frame in A of each cycle A to B to A."
-    visit = np.flatnonzero(flags >= 0)
-    jump = np.diff(flags[visit])
-    return visit[:-1][jump == 1], visit[1:][jump == -1]
 
 # %% ../nbs/41_zq.ipynb #a53c2fde
 @dataclass(frozen=True)
@@ -249,69 +242,87 @@ class ZqResult:
     t_ne_per_lag: np.ndarray | None = None # (L,), None unless short or without transitions
 
     @property
-    def ratio(self): return self.zq / self.n_ab if self.n_ab else None # (L, n_bins), 1 for the true committor
+    def ratio(self) -> np.ndarray | None:
+        "Z_q / N_AB, (L, n_bins): 1 for the true committor."
+        return self.zq / self.n_ab if self.n_ab else None
+
     @property
-    # (L,)
-    def t_max_per_lag(self): return math.sqrt(self.n_effective) * np.abs(self.ratio - 1).max(1) if self.n_ab else None
+    def mean_ratio(self) -> np.ndarray | None:
+        "Mean of `ratio` over the coordinate, (L,)."
+        return np.average(self.ratio, 1, np.diff(self.edges)) if self.n_ab else None
+
     @property
-    # (L,), over the coordinate
-    def mean_ratio(self): return np.average(self.ratio, 1, np.diff(self.edges)) if self.n_ab else None
+    def t_max_per_lag(self) -> np.ndarray | None:
+        "T_max of each lag alone, (L,)."
+        return math.sqrt(self.n_effective) * np.abs(self.ratio - 1).max(1) if self.n_ab else None
+
     @property
-    def t_sd_per_lag(self):
+    def t_sd_per_lag(self) -> np.ndarray | None:
+        "T_sd of each lag alone, (L,)."
         if not self.n_ab: return None
         spread = np.average((self.ratio - self.mean_ratio[:, None])**2, 1, np.diff(self.edges))
-        return np.sqrt(self.n_effective * spread) # (L,)
+        return np.sqrt(self.n_effective * spread)
+
     @property
-    def t_max(self): return float(self.t_max_per_lag.max()) if self.n_ab else None
+    def t_max(self) -> float | None:
+        "Largest distance from the level, over coordinate and lags, in units of its noise."
+        return float(self.t_max_per_lag.max()) if self.n_ab else None
+
     @property
-    def t_sd(self): return float(self.t_sd_per_lag.max()) if self.n_ab else None
+    def t_sd(self) -> float | None:
+        "Largest spread over the coordinate, over the lags, in units of its noise."
+        return float(self.t_sd_per_lag.max()) if self.n_ab else None
 
-# %% ../nbs/41_zq.ipynb #d4c332ca
-def _t_ne_of(self):
-    "Largest T_ne over the lags."
-    return float(self.t_ne_per_lag.max()) if self.t_ne_per_lag is not None else None
+    @property
+    def t_ne(self) -> float | None:
+        "Largest T_ne over the lags."
+        return float(self.t_ne_per_lag.max()) if self.t_ne_per_lag is not None else None
 
-def _decisive(self):
-    "Name and value of the statistic that the verdict rests on."
-    return ('T_max', self.t_max) if self.t_ne is None else ('T_ne', self.t_ne)
+    @property
+    def decisive(self) -> tuple:
+        "Name and value of the statistic that the verdict rests on."
+        return ('T_max', self.t_max) if self.t_ne is None else ('T_ne', self.t_ne)
 
-def _p_values(self):
-    "Chance that the true committor does worse, for each statistic that there is."
-    return {k: 1 - law(k, v) for k in ('t_max', 't_sd', 't_ne') if (v := getattr(self, k)) is not None}
+    @property
+    def p_values(self) -> dict:
+        "Chance that the true committor does worse, for each statistic that there is."
+        return {k: 1 - law(k, v) for k in ('t_max', 't_sd', 't_ne') if (v := getattr(self, k)) is not None}
 
-ZqResult.t_ne, ZqResult.decisive, ZqResult.p_values = property(_t_ne_of), property(_decisive), property(_p_values)
-ZqResult.p_value = property(lambda self: self.p_values.get('t_max'))
+    @property
+    def p_value(self) -> float | None:
+        "Chance that the true committor has a larger T_max."
+        return self.p_values.get('t_max')
 
-# %% ../nbs/41_zq.ipynb #22f06b57
-def _table(self):
-    "Pandas table with one row per lag."
-    import pandas as pd
-    columns = {'lag': self.lags, 'delta_r2 / 2': self.delta_r2 / 2, 'Z_q min': self.zq.min(1),
-               'Z_q mean': self.zq.mean(1), 'Z_q max': self.zq.max(1)}
-    if self.n_ab: columns |= {'mean / N_AB': self.mean_ratio, 'T_max': self.t_max_per_lag, 'T_sd': self.t_sd_per_lag}
-    if self.t_ne_per_lag is not None: columns |= {'T_ne': self.t_ne_per_lag}
-    return pd.DataFrame(columns)
+    def table(self):
+        "Pandas table with one row per lag."
+        import pandas as pd
+        columns = {'lag': self.lags, 'delta_r2 / 2': self.delta_r2 / 2, 'Z_q min': self.zq.min(1),
+                   'Z_q mean': self.zq.mean(1), 'Z_q max': self.zq.max(1)}
+        if self.n_ab:
+            columns |= {'mean / N_AB': self.mean_ratio, 'T_max': self.t_max_per_lag, 'T_sd': self.t_sd_per_lag}
+        if self.t_ne_per_lag is not None: columns |= {'T_ne': self.t_ne_per_lag}
+        return pd.DataFrame(columns)
 
-def _to_dict(self):
-    "Plain numbers and words for json; a missing number is None."
-    plain = {k: getattr(self, k) for k in ('n_ab', 'n_frames', 'n_interior', 't_max', 't_sd', 't_ne', 't_max_se',
-                                           'p_value')}
-    rows = {'lags': self.lags, 'delta_r2': self.delta_r2, 'mean_ratio': self.mean_ratio,
-            't_max_per_lag': self.t_max_per_lag, 't_sd_per_lag': self.t_sd_per_lag, 't_ne_per_lag': self.t_ne_per_lag}
-    return ({k: None if v is None or v != v else v for k, v in plain.items()}
-            | {k: None if v is None else v.tolist() for k, v in rows.items()}
-            | {'p_values': self.p_values, 'short': self.short, 'verdict': vars(self.verdict) if self.verdict else None})
-
-ZqResult.table, ZqResult.to_dict = _table, _to_dict
+    def to_dict(self) -> dict:
+        "Plain numbers and words for json; a missing number is None."
+        plain = {k: getattr(self, k) for k in ('n_ab', 'n_frames', 'n_interior', 't_max', 't_sd', 't_ne', 't_max_se',
+                                               'p_value')}
+        rows = {'lags': self.lags, 'delta_r2': self.delta_r2, 'mean_ratio': self.mean_ratio,
+                't_max_per_lag': self.t_max_per_lag, 't_sd_per_lag': self.t_sd_per_lag,
+                't_ne_per_lag': self.t_ne_per_lag}
+        return ({k: None if v is None or v != v else v for k, v in plain.items()}
+                | {k: None if v is None else v.tolist() for k, v in rows.items()}
+                | {'p_values': self.p_values, 'short': self.short,
+                   'verdict': vars(self.verdict) if self.verdict else None})
 
 # %% ../nbs/41_zq.ipynb #2caf7fa0
 def cut_profiles(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames: 0 in A, 1 in B, -1 elsewhere
-    lags=None, # frames; None: `default_lags`
-    n_bins=1000, # equal bins of r between 0 and 1, or edges such as `log_edges()`, or 'exact'
-    weights=None, # weight of the windows that start at each frame, (T,) per trajectory
-    lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames: 0 in A, 1 in B, -1 elsewhere
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
+    n_bins: int | str | np.ndarray = 1000, # equal bins of r between 0 and 1, or edges such as `log_edges()`, or 'exact'
+    weights: list | None = None, # weight of the windows that start at each frame, (T,) per trajectory
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
     compensate: bool = False, # restore the level that short stationary trajectories lose at their ends
 ) -> ZqResult:
     """Z_q and Z_C1 without a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames
@@ -319,7 +330,7 @@ def cut_profiles(
     r, states = check_coordinate(r, states, both=False)
     lags, weights, bins = _check_lags(lags, states), _check_weights(weights, r), _edges(n_bins, r)
     starts, ends, squares = _histograms(r, states, lags, bins, weights, nominal_lengths(states, lengths), compensate)
-    leave = [_departures(s)[0] for s in states]
+    leave = [departures(s)[0] for s in states]
     w = np.concatenate([np.ones(len(t)) if weights is None else weights[i][t] for i, t in enumerate(leave)])
     total = lambda h: np.cumsum(h, 1)[:, :-1] / lags[:, None]
     n_ab = float(w.sum()) if weights else len(w)
@@ -378,13 +389,14 @@ def lag_windows(
 
 # %% ../nbs/41_zq.ipynb #38871334
 def cut_profile(
-    r, # coordinate in any unit, (T,) per trajectory
+    r: list, # coordinate in any unit, (T,) per trajectory
     lag: int = 1, # frames
     alpha: float = 1., # exponent
-    weights=None, # weight of the windows that start at each frame
-    n_bins=1000, # bins of equal width between the ends of r (0 and 1 with states), or increasing edges
+    weights: list | None = None, # weight of the windows that start at each frame
+    # bins of equal width between the ends of r (0 and 1 with states), or increasing edges
+    n_bins: int | np.ndarray = 1000,
     states=None, # flags of the same frames; then windows stop on A and B as those of Z_q do
-    lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
 ) -> tuple: # edges (n_bins + 1,), and Z_C,alpha (n_bins,) just below edges[1:]
     """Cut profile of any exponent, with or without boundaries (Krivov 2013); raises `ValueError` for a lag no
     trajectory has."""
@@ -444,7 +456,7 @@ def _brownian(x):
 
 # %% ../nbs/41_zq.ipynb #f0888f3e
 def is_short(
-    states, # flags, int8 (T,) per trajectory
+    states: list, # flags, int8 (T,) per trajectory
 ) -> bool:
     "At least ten trajectories, with fewer than two transitions (either way) each on average."
     jumps = sum(np.count_nonzero(np.diff(s[s >= 0])) for s in states)
@@ -452,30 +464,30 @@ def is_short(
 
 # %% ../nbs/41_zq.ipynb #9d79e2f0
 def cycle_bootstrap(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
-    lags=None, # frames; None: `default_lags`
-    n_bins=1000, # or edges
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
+    n_bins: int | str | np.ndarray = 1000, # or edges
     n_replicates: int = 100,
     seed: int = 0,
-    weights=None, # weight of the windows that start at each frame
-    lengths=None, # nominal frames of trajectories stopped on A or B
+    weights: list | None = None, # weight of the windows that start at each frame
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B
     units: str | None = None, # 'cycles' or 'trajectories'; None: trajectories if `is_short`
 ) -> np.ndarray: # (n_replicates, L, n_bins): Z_q / N_AB; replicates without a transition are left out
     "Resample cycles A to B to A (incomplete ends of trajectories are cycles of their own), or whole trajectories."
     r, states = check_coordinate(r, states, both=False)
-    lags, weights, bins, granted = _check_lags(lags, states), _check_weights(weights, r), _edges(n_bins,
-        r), nominal_lengths(states, lengths)
+    lags, weights, bins = _check_lags(lags, states), _check_weights(weights, r), _edges(n_bins, r)
+    granted = nominal_lengths(states, lengths)
     if units not in (None, 'cycles', 'trajectories'):
         raise ValueError(f"units={units!r} is not known; choose 'cycles' or 'trajectories'")
     whole = units == 'trajectories' or units is None and is_short(states)
-    cuts = [_departures(s)[1][:0 if whole else None] for s in states]
+    cuts = [departures(s)[1][:0 if whole else None] for s in states]
     n = sum(len(c) + 1 for c in cuts)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_replicates).astype(float)
     z, n_ab, o = np.zeros((n_replicates, len(lags), _count(bins))), np.zeros(n_replicates), 0
     for i, (x, s, c) in enumerate(zip(r, states, cuts)):
         w, d, o = np.empty(0) if weights is None else weights[i], draws[:, o:o + len(c) + 1], o + len(c) + 1
-        leave = _departures(s)[0]
+        leave = departures(s)[0]
         n_ab += d @ np.bincount(np.searchsorted(c, leave, side='right'), w[leave] if len(w) else None,
                                 minlength=len(c) + 1)
         _add_cycles(x, s, c, d, lags, bins, w, granted[i], z)
@@ -496,99 +508,6 @@ def _add_cycles(r, flags, cuts, draws, lags, bins, weights, length, z, chunk=204
             _sweep(r, b, weights, length, left[here], right[here], cycle[here] - first, lags[i:i + 1], starts, ends,
                    np.zeros(1))
             z[:, i] += d @ starts[0, :, :-1]
-
-# %% ../nbs/41_zq.ipynb #6adfd886
-def _interior(r, states):
-    "Interior frames with a known outcome: coordinate, outcome, and a number for the excursion."
-    visits, o, parts = 0, outcomes(states), []
-    for x, s, y in zip(r, states, o):
-        v = np.cumsum(s >= 0) + visits
-        keep, visits = (s < 0) & ~np.isnan(y), v[-1] + 1
-        parts.append((x[keep], y[keep], v[keep]))
-    return tuple(map(np.concatenate, zip(*parts)))
-
-# %% ../nbs/41_zq.ipynb #3d83cb65
-class Scores(NamedTuple):
-    "How well a coordinate forecasts outcomes, on interior frames."
-    log_loss: float # nats per frame, lower is better
-    brier: float # mean squared error, lower is better
-    auc: float # chance that a frame that goes to B has the higher value; nan if all go the same way
-    n: int # frames
-
-# %% ../nbs/41_zq.ipynb #9154851d
-def scores(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
-) -> Scores:
-    "Proper scores against the state reached next; raises `ValueError` when no interior frame has a known outcome."
-    p, y, _ = _interior(*check_coordinate(r, states, both=False))
-    if not len(p):
-        raise ValueError('no frame between the states has a known outcome: the trajectories never arrive, or never '
-                         'leave')
-    low, high = np.sort(p[y == 0]), p[y == 1]
-    below = (np.searchsorted(low, high, 'left') + np.searchsorted(low, high, 'right')) / 2
-    auc = below.mean() / len(low) if len(low) and len(high) else np.nan
-    return Scores(float(log_loss(p, y).mean()), float(((np.clip(p, 0, 1) - y)**2).mean()), float(auc), len(p))
-
-# %% ../nbs/41_zq.ipynb #9652e11b
-def paired_log_loss(
-    r, # coordinate, (T,) per trajectory
-    reference, # another one on the same frames
-    states, # flags of the same frames
-) -> tuple: # mean difference r - reference, nats per frame, and its standard error
-    "Log-loss of one coordinate minus that of another, frame by frame, with an error from excursions."
-    r, states = check_coordinate(r, states, both=False)
-    p, y, visit = _interior(r, states)
-    d = log_loss(p, y) - log_loss(_interior(check_coordinate(reference, states, both=False)[0], states)[0], y)
-    per_visit = np.bincount(visit, d - d.mean())
-    return float(d.mean()), float(np.sqrt((per_visit**2).sum()) / len(d))
-
-# %% ../nbs/41_zq.ipynb #a6003946
-def calibration(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
-    n_bins: int = 20, # of equal width between 0 and 1
-):
-    "Pandas table of predicted and observed probability of B by bin of r, with an error from independent excursions."
-    import pandas as pd
-    p, y, visit = _interior(*check_coordinate(r, states, both=False))
-    b = np.minimum(_bins(p, n_bins), n_bins - 1)
-    n = np.bincount(b, minlength=n_bins)
-    observed = np.bincount(b, y, n_bins) / np.maximum(n, 1)
-    cells, k = np.unique(visit * n_bins + b, return_inverse=True)
-    spread = np.bincount(cells % n_bins, np.bincount(k, y - observed[b])**2, n_bins)
-    table = pd.DataFrame({'predicted': np.bincount(b, p, n_bins) / np.maximum(n, 1), 'observed': observed,
-                          'se': np.sqrt(spread) / np.maximum(n, 1),
-                          'frames': n, 'excursions': np.bincount(cells % n_bins, minlength=n_bins)})
-    return table[n > 0].reset_index(drop=True)
-
-# %% ../nbs/41_zq.ipynb #3e43eb06
-def plot_calibration(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
-    n_bins: int = 20,
-    ax=None, # matplotlib axes, made if None
-    label: str | None = None,
-):
-    "Observed against predicted probability of B, with one standard error; returns the axes."
-    import matplotlib.pyplot as plt
-    ax, c = ax or plt.subplots()[1], calibration(r, states, n_bins)
-    ax.plot([0, 1], [0, 1], color='0.6', lw=0.8, zorder=0)
-    ax.errorbar(c.predicted, c.observed, c.se, fmt='o-', ms=3, lw=1, label=label)
-    ax.set(xlabel='predicted probability of B', ylabel='observed')
-    return ax
-
-# %% ../nbs/41_zq.ipynb #391e849d
-def error_budget(
-    r, # coordinate, (T,) per trajectory
-    reference, # what it approximates, on the same frames
-    states, # flags of the same frames
-) -> float: # much less than 1 for a coordinate that can pass
-    "N_int * MSE / N_AB on interior frames; raises `ValueError` when no transition was counted."
-    r, states = check_coordinate(r, states, both=False)
-    reference, n_ab = check_coordinate(reference, states, both=False)[0], count_transitions(states)[0]
-    if not n_ab: raise ValueError('no A to B transition was counted, so the error has no scale')
-    return float(sum(((x - y)[s < 0]**2).sum() for x, y, s in zip(r, reference, states)) / n_ab)
 
 # %% ../nbs/41_zq.ipynb #bd12dcb2
 @njit(cache=True)
@@ -611,12 +530,12 @@ def _interior_sums(r, flags, b, weights, length, lags, sums, squares):
 
 # %% ../nbs/41_zq.ipynb #2dfef602
 def studentised(
-    r, # coordinate, (T,) per trajectory
-    states, # flags of the same frames
-    lags=None, # frames; None: `default_lags`
+    r: list, # coordinate, (T,) per trajectory
+    states: list, # flags of the same frames
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
     n_bins=1000,
-    weights=None, # weight of the windows that start at each frame
-    lengths=None, # nominal frames of trajectories stopped on A or B
+    weights: list | None = None, # weight of the windows that start at each frame
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B
 ) -> np.ndarray: # (L,) T_ne at each lag; nan where nothing moved
     "Largest interior sum of Z_q in units of its own noise, for samples that are not in equilibrium."
     r, states = check_coordinate(r, states, both=False)
@@ -657,13 +576,13 @@ class TauProfile(NamedTuple):
 
 # %% ../nbs/41_zq.ipynb #28bb06db
 def profile_tau(
-    tau, # estimated mean first passage time to the target, (T,) per trajectory; 0 on it
-    states, # flags of the same frames
+    tau: list, # estimated mean first passage time to the target, (T,) per trajectory; 0 on it
+    states: list, # flags of the same frames
     target: int = 0, # flag of the state that ends the passage
-    lags=None, # frames; None: `default_lags`
+    lags: np.ndarray | list | None = None, # frames; None: `default_lags`
     n_bins: int = 200, # of equal width between 0 and the largest tau
-    times=None, # time of each frame, (T,) per trajectory; None: 0, 1, 2...
-    lengths=None, # nominal frames of trajectories stopped on the target
+    times: list | None = None, # time of each frame, (T,) per trajectory; None: 0, 1, 2...
+    lengths: int | list | None = None, # nominal frames of trajectories stopped on the target
 ) -> TauProfile:
     "Z_tau, flat in x for the true mean first passage time; raises `ValueError` when the target is never visited."
     tau, states = check_coordinate(tau, states, both=False)
@@ -679,353 +598,3 @@ def profile_tau(
             first, last, count = lag_windows(f, lag, n)
             z[i] += np.bincount(b[first], count * (x[last] - x[first] + t[last] - t[first]), n_bins + 1)
     return TauProfile(lags, edges, np.cumsum(z, 1)[:, :-1] / lags[:, None], float(sum(t[-1] - t[0] for t in times)))
-
-# %% ../nbs/41_zq.ipynb #a6be743b
-def _shift(x, frames):
-    "Series whose frame t holds what belonged to t + frames; the ends are repeated."
-    return x[np.clip(np.arange(len(x)) + frames, 0, len(x) - 1)]
-
-def _mismatch(r, states, frames=0):
-    "Share of boundary frames on which r, taken `frames` later, is not 0 on A and 1 on B; largest distance."
-    gap = np.concatenate([np.abs(_shift(x, frames) - s)[s >= 0] for x, s in zip(r, states)])
-    return float((gap > 1e-6).mean()) if len(gap) else 0., float(gap.max(initial=0))
-
-# %% ../nbs/41_zq.ipynb #79f068e2
-def _copied(r, states):
-    """Share of excursions whose last frame already has the value of the boundary to come, and whose first still has
-    that left behind."""
-    last, first, n = 0, 0, 0
-    for x, s in zip(r, states):
-        left, right = excursions(x, s)
-        p, f = (v[(left >= 0) & (right < len(x)) & (right - left > 2)] for v in (left, right))
-        last, first, n = last + (x[f - 1] == x[f]).sum(), first + (x[p + 1] == x[p]).sum(), n + len(p)
-    return last / max(n, 1), first / max(n, 1)
-
-# %% ../nbs/41_zq.ipynb #3d649a3f
-_ALIGN = 'index the coordinate and the flags by the same frame (a window of frames predicts its last one)'
-
-def _judge_boundary(result, r, states, reference, lengths):
-    "Misaligned flags, or a boundary that was not clamped."
-    share, gap = _mismatch(r, states)
-    if share:
-        for k in (1, -1, 2, -2, 3, -3):
-            if _mismatch(r, states, k)[0] < 0.01 * share:
-                return Verdict('misaligned flags', False, f'r is not 0 on A and 1 on B on {share:.1%} of the boundary '
-                                                          f'frames, and is when read {abs(k)} '
-                                                          f'frame{"s" * (abs(k) > 1)} {"later" if k > 0 else "earlier"}', _ALIGN)
-        t = cut_profiles(clamp(r, states), states, result.lags).t_max
-        return Verdict('unclamped boundary', False, f'r is up to {gap:.3g} away from 0 on A or 1 on B on {share:.1%} '
-                                                    f'of the boundary frames (T_max {result.t_max:.2f}; clamped it '
-                                                    f'would be {t:.2f})', 'foldbook.committor.clamp, or map the '
-                                                        'coordinate to a committor first')
-    last, first = _copied(r, states)
-    if abs(last - first) > 0.8:
-        return Verdict('misaligned flags', False, f'{max(last, first):.0%} of the excursions '
-                                                  f'{"end" if last > first else "begin"} with a frame that already '
-                                                  f'has the value of the boundary: r runs '
-                                                  f'{"ahead of" if last > first else "behind"} the flags', _ALIGN)
-
-# %% ../nbs/41_zq.ipynb #9b4993c1
-_HONEST = 'judge on frames that no fit has seen, and look for input from later frames or from outcomes'
-
-def _certain(r, states):
-    "Nearly all forecasts are 0 or 1, of both kinds, and all of those come true."
-    r, states = _head(r, states)
-    if sum(np.count_nonzero((np.minimum(x, 1 - x) >= 1e-6) & (s < 0))
-           for x, s in zip(r, states)) > 0.02 * sum((s < 0).sum() for s in states):
-        return False
-    p, y, visit = _interior(r, states)
-    if not len(p): return False
-    sure = np.minimum(p, 1 - p) < 1e-6
-    kinds = [len(np.unique(visit[sure & (y == k)])) for k in (0, 1)]
-    return min(kinds) >= 10 and sure.mean() > 0.99 and bool((np.abs(p - y)[sure] < 0.5).all())
-
-def _judge_leak(result, r, states, reference, lengths):
-    "Better than possible."
-    if reference is not None:
-        difference, se = paired_log_loss(r, reference, states)
-        if difference < -3 * se:
-            return Verdict('uses the future', False, f'its log-loss is {-difference:.4f} +- {se:.4f} below that of '
-                                                     f'the reference, which no coordinate without knowledge of the '
-                                                     f'future can reach', 'look for input from later frames')
-    if _certain(r, states):
-        return Verdict('uses the future', False, 'between the states it is 0 or 1 on 99 % of the frames, and every '
-                                                 'time what it says comes true', _HONEST)
-    # else any profile is flat
-    resolved = result.n_ab and result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5
-    if resolved and (result.t_sd < 0.2 or result.t_max < 0.6):
-        return Verdict('uses the future', False, f'the profile is flatter than chance permits (T_sd '
-                                                 f'{result.t_sd:.2f}, T_max {result.t_max:.2f}; the true committor '
-                                                 f'stays above 0.2 and 0.6)', _HONEST)
-
-# %% ../nbs/41_zq.ipynb #2188fc37
-def _isotonic(r, states, n_bins=1000):
-    "Monotone map of r to the outcomes: isotonic regression of binned frames, linear between the centres of its steps."
-    from scipy.optimize import isotonic_regression
-    value, outcome, _ = _interior(r, states)
-    b = _bins(value, n_bins)
-    n = np.bincount(b)
-    full = n > 0
-    mean = lambda v: np.bincount(b, v)[full] / n[full]
-    fit = isotonic_regression(mean(outcome), weights=n[full])
-    first = fit.blocks[:-1]
-    centre = np.add.reduceat(mean(value) * n[full], first) / np.add.reduceat(n[full], first)
-    return clamp([np.interp(x, np.r_[0, centre, 1], np.r_[0, fit.x[first], 1]) for x in r], states)
-
-# %% ../nbs/41_zq.ipynb #47f140ff
-def _chain(r, states, n_bins=80):
-    "Monotone map of r to the committor of a Markov chain of its bins, linear between the centres of the bins."
-    bins = [np.where(s >= 0, n_bins + s, np.minimum(x * n_bins, n_bins - 1)).astype(np.int64)
-            for x, s in zip(r, states)]
-    steps = sum(np.bincount(b[:-1] * (n_bins + 2) + b[1:], minlength=(n_bins + 2)**2) for b in bins).reshape(n_bins + 2,
-                                                                                                             -1)
-    full = np.flatnonzero(steps[:n_bins].sum(1))
-    P = steps[full] / steps[full].sum(1, keepdims=True)
-    q = np.linalg.lstsq(np.eye(len(full)) - P[:, full], P[:, n_bins + 1])[0]
-    total, n = (sum(np.bincount(b, w, n_bins + 2) for b, w in zip(bins, ws))
-                for ws in (r, [np.ones(len(x)) for x in r]))
-    return clamp([np.interp(x, np.r_[0, (total / np.maximum(n, 1))[full], 1],
-                            np.r_[0, np.clip(np.maximum.accumulate(q), 0, 1), 1]) for x in r], states)
-
-# %% ../nbs/41_zq.ipynb #ba699729
-def as_probability(
-    r, # a coordinate in any unit, (T,) per trajectory
-    states, # flags of the same frames, both states visited
-) -> list: # float64 (T,) between 0 and 1, exactly 0 on A and 1 on B
-    """The monotone map of a coordinate that forecasts the outcomes best; raises `ValueError` when a state, or
-    everything between, is missing."""
-    r, states = check_coordinate(r, states)
-    inside = np.concatenate([x[s < 0] for x, s in zip(r, states)])
-    if not len(inside): raise ValueError('no frame lies between the states, so there is nothing to map')
-    a, b = (np.mean(np.concatenate([x[s == k] for x, s in zip(r, states)])) for k in (0, 1))
-    value, rank = np.unique(np.quantile(np.sign(b - a) * inside, np.linspace(0.001, 0.999, 501)), return_index=True)
-    if len(value) < 2: raise ValueError('the coordinate does not tell A from B, or does not vary between them')
-    # half by value and half by rank, so that no stretch is too coarse
-    scale = (value - value[0]) / (value[-1] - value[0]) + rank / rank[-1]
-    u = [np.interp(np.sign(b - a) * x, value, scale / 2) for x in r]
-    return min((f(u, states) for f in (_isotonic, _chain)), key=lambda p: cut_profiles(p, states).t_max or 0)
-
-# %% ../nbs/41_zq.ipynb #c72aee7f
-def _beta(r, states):
-    """Smooth map of r to the outcomes: logistic in log r and log(1 - r), fitted by likelihood to binned frames (Kull
-    et al. 2017)."""
-    from scipy.optimize import minimize
-    from scipy.special import expit
-    logs = lambda x: np.stack([np.log(x), -np.log1p(-x)])
-    value, outcome, _ = _interior([np.clip(x, 1e-6, 1 - 1e-6) for x in r], states)
-    u = logs(value)
-    b = ((u.sum(0) + 14) * 50).astype(int)
-    n = np.bincount(b)
-    X = np.stack([np.ones((n > 0).sum()), *(np.bincount(b, v)[n > 0] / n[n > 0] for v in u)]) # (3, bins)
-    k, n = np.bincount(b, outcome)[n > 0], n[n > 0]
-    def loss(w): return (np.logaddexp(0, w @ X) * n - k * (w @ X)).sum() / n.sum(), X @ (n * expit(w @ X) - k) / n.sum()
-    c, *w = minimize(loss, [0, 1, 1], jac=True, method='BFGS').x
-    return clamp([expit(c + w @ logs(np.clip(x, 1e-6, 1 - 1e-6))) for x in r], states)
-
-# %% ../nbs/41_zq.ipynb #b471796c
-def _head(r, states, n_frames=1_000_000):
-    "The first trajectories, up to that many frames: enough for a diagnosis."
-    room = np.maximum(n_frames - np.cumsum([0] + [len(x) for x in r]), 0)
-    return tuple([x[:n] for x, n in zip(v, room) if n] for v in (r, states))
-
-def _lines(r, states):
-    """Slope and intercept of two lines that stretch r to the range 0 to 1: through the outcomes by least squares,
-    and through its extremes."""
-    value, outcome, _ = _interior(r, states)
-    low, high = np.quantile(value, [0.001, 0.999])
-    if high - low < 1e-9: return []
-    slopes = np.cov(value, outcome)[0, 1] / value.var(ddof=1), 1 / (high - low)
-    return [(float(k), float(c)) for k, c in zip(slopes, (outcome.mean() - slopes[0] * value.mean(), -low * slopes[1]))
-            if k > 1.03]
-
-def _judge_cures(result, r, states, reference, lengths):
-    "Misaligned or miscalibrated, if a shift or a recalibration brings T_max down."
-    r, states = _head(r, states)
-    lags = result.lags[result.lags < max(max(map(len, r)), 2)]
-    name, lengths = result.decisive[0], lengths if np.ndim(lengths) == 0 else lengths[:len(r)]
-    def trial(x, lags):
-        if name == 'T_ne':
-            return float(np.nan_to_num(studentised(clamp(x, states), states, lags, lengths=lengths), nan=np.inf).max())
-        return cut_profiles(clamp(x, states), states, lags, lengths=lengths).t_max or np.inf
-    t = trial(r, lags)
-    for k in (1, -1):
-        if (s := trial([_shift(x, k) for x in r], lags[:3])) < min(2.5, t / 2):
-            return Verdict('misaligned flags', False, f'{name} is {t:.2f}, and {s:.2f} if r is read one frame '
-                                                      f'{"later" if k > 0 else "earlier"}', _ALIGN)
-    if not len(_interior(r, states)[0]): return None # no outcome to calibrate on
-    stretched = [(trial([np.clip(k * x + c, 0, 1) for x in r], lags), k, c) for k, c in _lines(r, states)]
-    s, slope, level = min(stretched, default=(np.inf, 1, 0))
-    if s < min(t / 3, max(2 * LIMIT, t / 8)):
-        return Verdict('wrong level', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} for {slope:.2f} r '
-                                             f'{level:+.2f}: between the states r runs from about '
-                                             f'{max(-level / slope, 0):.2f} to {min((1 - level) / slope, 1):.2f}, not '
-                                             f'from 0 to 1',
-                       'stretch r so that it tends to 0 at A and to 1 at B, or fit an isotonic map on the training part')
-    if (s := min(trial(f(r, states), lags) for f in (_isotonic, _beta, _chain)[:3 if name == 'T_ne' else 2])) < min(2
-        * LIMIT, 0.6 * t):
-        return Verdict('miscalibrated', False, f'{name} is {t:.2f} (limit {LIMIT}), and {s:.2f} after a monotone '
-                                               f'recalibration: the order of frames is right, their values are not',
-                                               'fit an isotonic map or a one-dimensional committor on the training part')
-
-# %% ../nbs/41_zq.ipynb #15f0dee2
-def _caution(result, states):
-    "What limits the test on these data."
-    length, path = result.n_frames / len(states), mean_transition_path(states)
-    if result.lags[0] > 1: return f' (lags below {result.lags[0]} were not tested)'
-    if path < 5: return f' (a transition path takes {path:.1f} frames: frames are too far apart for a severe test)'
-    if result.n_ab < 20: return f' (only {result.n_ab:g} transitions: the test has little power)'
-    if length < 20 * path:
-        return f' (a trajectory is only {length / path:.0f} transition paths long: windows are lost at its ends, and the level is below N_AB)'
-    return ''
-
-def _judge_shape(result, r, states, reference, lengths):
-    "Pass, or moves too much, or too little."
-    t, n, caution = result.t_max, result.n_ab, _caution(result, states)
-    if t <= LIMIT:
-        return Verdict('pass', True, f'T_max is {t:.2f} (limit {LIMIT}) and T_sd {result.t_sd:.2f} with {n:g} '
-                                     f'transitions; the true committor does worse in {result.p_value:.0%} of '
-                                     f'samples{caution}')
-    if cure := _judge_cures(result, r, states, reference, lengths): return cure
-    i, mean = int(result.t_max_per_lag.argmax()), result.mean_ratio
-    if result.t_sd <= 1.3 and np.ptp(mean) < abs(mean[i] - 1) / 2:
-        return Verdict('wrong level', False, f'T_max is {t:.2f} (limit {LIMIT}), but the profile is flat (T_sd '
-                                             f'{result.t_sd:.2f}), at {mean[i]:.2f} times the {n:g} transitions '
-                                             f'counted{caution}',
-                       'count the transitions on the same frames and with the same flags as r, and check that r is 0 '
-                       'on A and 1 on B')
-    what = f'T_max is {t:.2f} (limit {LIMIT}) at lag {result.lags[i]}, where Z_q is {mean[i]:.2f} N_AB on average, against {mean[-1]:.2f} at lag {result.lags[-1]}{caution}'
-    return _moves(mean[i] >= 1, what)
-
-def _moves(too_much, what):
-    "The two readings of a coordinate that nothing simple mends."
-    if too_much:
-        return Verdict('missing slow variable', False, what + ': r moves more than a committor may', 'more features, '
-                       'or a history of them; less noise in r (fewer parameters, more data, ensembles)')
-    return Verdict('over-smoothed', False, what + ': r moves too little', 'no averaging over frames, a shorter '
-                   'window, velocities or a history as input, less over-fitting')
-
-# %% ../nbs/41_zq.ipynb #688e7ea2
-def _judge_short(result, r, states, reference, lengths):
-    "The same for samples whose level means nothing."
-    if result.t_ne is None: return None
-    t, n = result.t_ne, sum(len(excursions(x, s)[0]) for x, s in zip(r, states))
-    note = '' if result.n_ab else '; T_max is not normalisable: no transition from A to B was counted'
-    note += '; trajectories look stopped on arrival, and no nominal length was given' if _stopped(states,
-                                                                                                  lengths) else ''
-    if t <= LIMIT:
-        return Verdict('pass', True, f'T_ne is {t:.2f} (limit {LIMIT}) over {n} excursions between the states; the '
-                                     f'true committor does worse in {1 - law("t_ne", t):.0%} of samples{note}')
-    if cure := _judge_cures(result, r, states, reference, lengths): return cure
-    i, d = int(result.t_ne_per_lag.argmax()), result.delta_r2
-    j = i if i else min(len(d) - 1, 2)
-    return _moves(d[0] >= d[j], f'T_ne is {t:.2f} (limit {LIMIT}) at lag {result.lags[i]} over {n} excursions{note}')
-
-def _stopped(states, lengths):
-    "Arrivals in A, or in B, happen on last frames only, at least five times, and no nominal length exceeds a file."
-    if lengths is not None and (nominal_lengths(states, lengths) > [len(s) for s in states]).any(): return False
-    if len(states) < 5: return False
-    arrivals = lambda k: sum(np.count_nonzero((s[1:] == k) & (s[:-1] != k)) for s in states)
-    return any(arrivals(k) == sum(len(s) > 1 and s[-1] == k != s[-2] for s in states) >= 5 for k in (0, 1))
-
-# %% ../nbs/41_zq.ipynb #5456d174
-def judge(
-    result: ZqResult, # of `cut_profiles`
-    r, # coordinate it was made from, list of float64 (T,)
-    states, # flags, list of int8 (T,)
-    reference=None, # a coordinate as good as one can be without seeing the future
-    lengths=None, # nominal frames of trajectories stopped on A or B
-) -> Verdict:
-    "Name what is wrong with a coordinate, in the order in which one fault hides another."
-    if not result.n_ab and result.t_ne is None and not _certain(r, states):
-        return Verdict('not normalisable', False, 'no transition from A to B was counted, so Z_q has no level to be '
-                                                  'compared with', 'more or longer trajectories, or wider states')
-    for check in (_judge_boundary, _judge_leak, _judge_short, _judge_shape):
-        if verdict := check(result, r, states, reference, lengths): return verdict
-
-# %% ../nbs/41_zq.ipynb #3fe600e3
-def profile(
-    r, # coordinate, (T,) per trajectory; exactly 0 on A and 1 on B
-    states, # flags of the same frames: 0 in A, 1 in B, -1 elsewhere
-    lags=None, # frames (steps of the grid with `times`); None: `default_lags`
-    n_bins=1000, # equal bins of r between 0 and 1, or edges such as `log_edges()`, or 'exact'
-    n_bootstrap: int = 0, # resampled sets of cycles (of trajectories, if they are short), for error bars
-    seed: int = 0, # of the bootstrap
-    weights=None, # weight of the windows that start at each frame
-    reference=None, # a coordinate as good as one can be without seeing the future, to catch leaks
-    lengths=None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
-    times=None, # time of each frame if they are uneven, see `regular`
-) -> ZqResult:
-    "Z_q with error bars and a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames."
-    r, states = check_coordinate(r, states, both=False)
-    if times is not None:
-        r, states, weights, reference = (v if v is None else regular(v, times) for v in (r, states, weights, reference))
-    if _stopped(states, lengths):
-        warnings.warn('trajectories end whenever they arrive in a state: give the frames they were granted as '
-                      'lengths=, or the true committor may be rejected', stacklevel=2)
-    result = cut_profiles(r, states, lags, n_bins, weights, lengths)
-    result = replace(result, short=is_short(states), t_ne_per_lag=_t_ne(result, r, states, n_bins, weights, lengths))
-    if n_bootstrap and result.n_ab:
-        z = cycle_bootstrap(r, states, result.lags, n_bins, n_bootstrap, seed, weights, lengths)
-        t = math.sqrt(result.n_effective) * np.abs(z - 1).max((1, 2))
-        result = replace(result, zq_se=z.std(0), t_max_se=float(t.std()))
-    return replace(result, verdict=judge(result, r, states, reference, lengths))
-
-def _t_ne(result, r, states, n_bins, weights, lengths):
-    """T_ne where T_max does not apply and something can be said: short trajectories or no transition, and twenty
-    excursions that move."""
-    if result.n_ab and not is_short(states): return None
-    if sum(len(excursions(x, s)[0]) for x, s in zip(r, states)) < 20: return None
-    t = studentised(r, states, result.lags, n_bins, weights, lengths)
-    return None if np.isnan(t).all() else np.nan_to_num(t)
-
-# %% ../nbs/41_zq.ipynb #d7b82261
-_PLAIN = {
-    'pass': ('Whatever value the coordinate has, over every span from {a} to {b} frames it is as likely to gain as to '
-             'lose, up to the noise of {n}, as a true forecast of the state reached next must be',
-             'Nothing needs mending; compare its log-loss with that of other coordinates on new data, because a '
-             'forecast can be fair and still know little'),
-    'missing slow variable': ('The coordinate moves back and forth more than the future bears out ({t}), so it misses '
-                              'something slow that decides where the molecule goes, or it carries noise',
-                              'Give it more features or a few past frames, and make it less noisy with more data, '
-                              'fewer parameters or the mean of several fits'),
-    'over-smoothed': ('The coordinate moves too little from one frame to the next and catches up later ({t}), as an '
-                      'average over neighbouring frames does',
-                      'Shorten or drop the averaging, add velocities or past frames as separate inputs, and check '
-                      'that it does not over-fit'),
-    'miscalibrated': ('The coordinate puts the frames in the right order, but its values are not probabilities ({t}): '
-                      'of the frames at 0.3, not three in ten go to the second state first',
-                      'Map it to probabilities with an isotonic fit on other trajectories than these, and judge it '
-                      'again'),
-    'wrong level': ('The coordinate has the right shape at the wrong height ({t}): it does not run from 0 at the '
-                    'first state to 1 at the second, or the transitions were counted on other frames',
-                    'Stretch it so that it tends to 0 and 1 at the two states, and count the transitions with the '
-                    'flags of the same frames'),
-    'misaligned flags': ('The coordinate and the flags of the two states belong to different frames, most likely one '
-                         'frame apart',
-                         'Pair them by frame number, remembering that a window of frames predicts its last one, and '
-                         'judge again'),
-    'unclamped boundary': ('The coordinate is not exactly 0 in the first state and 1 in the second, so it jumps '
-                           'whenever the molecule arrives or leaves',
-                           'Set it to 0 and 1 there, or, if it is in other units such as a distance, map it to a '
-                           'probability first'),
-    'uses the future': ('The coordinate does better than anything can that does not know what happens next, so it has '
-                        'seen later frames or the outcomes themselves',
-                        'Judge it on trajectories that no fit has used, and remove every input from later frames, '
-                        'such as a centred average'),
-    'not normalisable': ('There is nothing to judge by: no trajectory went from the first state to the second, and '
-                         'too little happened in between',
-                         'Run longer or more trajectories, or widen the two states')}
-
-# %% ../nbs/41_zq.ipynb #d8946186
-def explain(
-    result: ZqResult, # of `profile`
-) -> str:
-    """Two sentences in plain words: what is wrong with a coordinate, and what to try; raises `ValueError` for a
-    result without a verdict."""
-    if result.verdict is None:
-        raise ValueError('this result has no verdict yet; make it with profile instead of cut_profiles')
-    name, t = result.decisive
-    noise = f'{result.n_ab:g} transitions' if name == 'T_max' else 'the excursions between the states'
-    what, advice = _PLAIN[result.verdict.label]
-    return f'{what}. {advice}.'.format(a=result.lags[0], b=result.lags[-1], n=noise, t=f'{name} is {t or 0:.1f}, and '
-                                       f'at most {LIMIT:g} by chance')

@@ -1,7 +1,6 @@
-"Coarse-grained potentials: the prior against OpenMM, symmetries of the network, training that resumes, wrong input."
+"Coarse-grained potentials: the prior against OpenMM, symmetries of the network, wrong input."
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import mdtraj as md
 import numpy as np
@@ -12,9 +11,8 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize, pad
 
 import foldbook.cg as cg
-from foldbook.cg import ForceData, MatchOptions, Potential, Prior, SchNet
-from foldbook.simulation import BOLTZMANN
-from foldbook.sources import FORCE
+from foldbook.base import BOLTZMANN
+from foldbook.cg import ForceData, Potential, Prior, SchNet
 
 TABLE = cg.TABLES['protein-thermodynamics']
 NAMES = 'TYR ASP PRO GLU THR GLY TRP ALA LEU ILE'.split()
@@ -46,7 +44,7 @@ def zigzag(n, replicas=1, noise=0.01, seed=0, dtype=torch.float64):
 
 def openmm_energy(names, prior, x):
     "The same prior by OpenMM's own forces in double precision: energy of each term and the total force."
-    system, groups = mm.System(), []
+    system = mm.System()
     for _ in names: system.addParticle(12.)
     bond = mm.CustomBondForce('k*(r - r0)^2')
     for p in ('k', 'r0'): bond.addPerBondParameter(p)
@@ -114,8 +112,8 @@ def test_only_the_dihedral_knows_left_from_right():
 @pytest.mark.parametrize('damping', [0., 0.1])
 def test_a_straight_triple_stays_finite(damping):
     x = torch.tensor([[[0., 0, 0], [0.38, 0, 0], [0.76, 0, 0], [1., 0.2, 0.2]]])
-    e, f = cg.energy_and_forces(lambda x: cg.prior_energy(x,
-        cg.chain_system(NAMES[:4], full_prior(damping=damping), TABLE)), x)
+    s = cg.chain_system(NAMES[:4], full_prior(damping=damping), TABLE)
+    e, f = cg.energy_and_forces(lambda x: cg.prior_energy(x, s), x)
     assert torch.isfinite(e).all() and torch.isfinite(f).all()
 
 
@@ -171,8 +169,8 @@ def test_symmetries_of_the_network(n, spread):
     torch.testing.assert_close(e2, e, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(f2, f @ turn, rtol=1e-7, atol=1e-8)
     size = float(f.abs().max())
-    assert float(f.sum(1).abs().max()) < 1e-10*max(1, size)*n and float(torch.linalg.cross(x,
-        f).sum(1).abs().max()) < 1e-10*max(1, size)*n
+    assert float(f.sum(1).abs().max()) < 1e-10*max(1, size)*n
+    assert float(torch.linalg.cross(x, f).sum(1).abs().max()) < 1e-10*max(1, size)*n
     for k, c in ((3, 0), (n - 1, 2)):
         h = torch.zeros_like(x)
         h[:, k, c] = 1e-6
@@ -197,9 +195,9 @@ def test_pairs_are_those_of_a_double_loop(n, seed):
 
 
 def test_filters_vanish_at_both_ends():
-    radial = cg.Radial(18, 0.3, 1.2)
-    _, c = radial(torch.tensor([0.1, 0.3, 0.3001, 0.75, 1.1999, 1.2, 2.]))
-    assert c[:2].abs().max() == 0 and c[5:].abs().max() == 0 and c[2] < 1e-4 and c[4] < 1e-4 and c[3] == pytest.approx(1)
+    _, c = SchNet(1, lower=0.3, upper=1.2).radial(torch.tensor([0.1, 0.3, 0.3001, 0.75, 1.1999, 1.2, 2.]))
+    assert c[:2].abs().max() == 0 and c[5:].abs().max() == 0
+    assert c[2] < 1e-4 and c[4] < 1e-4 and c[3] == pytest.approx(1)
 
 
 def test_energy_is_conserved_to_second_order():
@@ -223,83 +221,6 @@ def test_energy_is_conserved_to_second_order():
     assert 3.3 < ratio < 4.7
 
 
-def spring_data(n=6000, seed=0, noise=1.):
-    "Three beads on three known springs; forces with noise."
-    rng = np.random.default_rng(seed)
-    x = np.zeros((n, 3, 3)) + [[0, 0, 0], [0.4, 0, 0], [0.2, 0.35, 0]] + rng.normal(0, 0.03, (n, 3, 3))
-    force = np.zeros_like(x)
-    for (i, j), r0 in {(0, 1): 0.4, (1, 2): 0.42, (0, 2): 0.38}.items():
-        d = x[:, i] - x[:, j]
-        r = np.linalg.norm(d, axis=1, keepdims=True)
-        g = -200*(r - r0)*d/r
-        force[:, i] += g
-        force[:, j] -= g
-    return ForceData(('GLY', 'ALA', 'TRP'), x.astype(np.float32),
-                     (force + rng.normal(0, noise, x.shape)).astype(np.float32)), force
-
-
-def test_a_known_mean_force_is_recovered():
-    d, mean = spring_data(3500, noise=3.)
-    torch.manual_seed(0)
-    p = Potential(None, cg.table_of(d.names), SchNet(3, 16))
-    cg.match(p, [d[:2500]], [d[2500:3000]], MatchOptions(max_epochs=8, learning_rate=1e-2, batch_size=64, average=0.98),
-             progress=False)
-    f, (test, known) = cg.model_forces(p, d[3000:]), (d[3000:], mean[3000:])
-    parts = cg.split_loss(f, known, test.forces)
-    assert 1 - parts.error/(known**2).mean() > 0.9
-    assert parts.noise < parts.total < 1.4*parts.noise
-    assert cg.loss_table(test, dict(net=p), floor=9.).loss['net'] == pytest.approx(parts.total, rel=1e-5)
-
-
-def test_training_that_was_killed_ends_with_the_same_weights(tmp_path, monkeypatch):
-    d, _ = spring_data(600)
-    o = MatchOptions(max_epochs=5, learning_rate=5e-3, batch_size=64, plateau=0)
-
-    def fresh():
-        torch.manual_seed(0)
-        return Potential(None, cg.table_of(d.names), SchNet(3, 8))
-    whole = cg.match(fresh(), [d[:500]], [d[500:]], o, tmp_path/'a', progress=False)
-    end = cg._end_of_epoch
-
-    def dies(m):
-        end(m)
-        if m.current_epoch == 2: raise RuntimeError('killed')
-    monkeypatch.setattr(cg, '_end_of_epoch', dies)
-    with pytest.raises(RuntimeError, match='killed'):
-        cg.match(fresh(), [d[:500]], [d[500:]], o, tmp_path/'b', progress=False)
-    monkeypatch.setattr(cg, '_end_of_epoch', end)
-    again = cg.match(fresh(), [d[:500]], [d[500:]], o, tmp_path/'b', progress=False)
-    assert [h['loss'] for h in again.history] == [h['loss'] for h in whole.history] and [h['rate']
-        for h in again.history] == [h['rate'] for h in whole.history]
-    for a, b in zip(again.network.parameters(), whole.network.parameters()): assert torch.equal(a, b)
-    with pytest.raises(ValueError, match='another network or other data'):
-        cg.match(fresh(), [d[:400]], [d[500:]], o, tmp_path/'b', progress=False)
-
-
-def test_best_weights_are_kept():
-    d, _ = spring_data(600)
-    torch.manual_seed(0)
-    p = cg.match(Potential(None, cg.table_of(d.names), SchNet(3, 8)), [d[:500]], [d[500:]],
-                 MatchOptions(max_epochs=6, learning_rate=0.05, batch_size=100, average=0.), progress=False)
-    loss = float(((cg.model_forces(p, d[500:]) - d[500:].forces)**2).mean())
-    assert loss == pytest.approx(min(h['loss'] for h in p.history), rel=1e-5)
-
-
-def test_one_network_for_two_chains():
-    d, _ = spring_data(300)
-    longer = ForceData(('ALA', 'GLY', 'TRP', 'ALA'), zigzag(4, 200, dtype=torch.float32).numpy(),
-                       np.random.default_rng(0).normal(0, 5, (200, 4, 3)).astype(np.float32))
-    torch.manual_seed(0)
-    p = Potential(Prior({'*': (10., 0.4)}), cg.table_of(d.names, longer.names), SchNet(3, 8))
-    s = cg.stack(p, [d, longer])
-    rows = torch.tensor([0, 5, 310, 499])
-    mixed_loss = float(cg.mean_square(p.network, s, rows))
-    parts = [((cg.model_forces(p, c[r]) - c[r].forces)**2).sum() for c, r in ((d, [0, 5]), (longer, [10, 199]))]
-    assert mixed_loss == pytest.approx(sum(parts)/(3*(3 + 3 + 4 + 4)), rel=1e-4)
-    cg.match(p, [d, longer], [d[:50], longer[:50]], MatchOptions(max_epochs=2), progress=False)
-    assert len(p.history) == 2 and all(math.isfinite(h['loss']) for h in p.history)
-
-
 def chain_frames(n=400, seed=0):
     "Frames of a chain near its bond lengths with the forces of a prior."
     prior = full_prior(NAMES[:6])
@@ -318,8 +239,6 @@ def test_bad_frames_are_named(field, value, message):
     a = getattr(d, field).copy()
     a[7, 2, 1] = value
     with pytest.raises(ValueError, match=message): cg.check_frames(replace(d, **{field: a}), prior, largest=1e6)
-    with pytest.raises(ValueError):
-        cg.match(Potential(prior, TABLE, SchNet(22, 8)), [replace(d, **{field: a})], [d], progress=False)
 
 
 @pytest.mark.parametrize('unit', [u for u in cg.UNITS if u != 'hartree/bohr'])
@@ -337,14 +256,13 @@ def test_wrong_input_is_said():
     with pytest.raises(ValueError, match='do not fit 6 beads'): cg.check_frames(replace(d, forces=d.forces[:, :5]))
     with pytest.raises(ValueError, match="bead 3 is 'UNK'"): cg.bead_types(['ALA', 'GLY', 'HSD', 'UNK'], TABLE)
     with pytest.raises(ValueError, match='no bond ILE-ALA'): cg.chain_system(['ILE', 'ALA'], prior, TABLE)
-    with pytest.raises(ValueError, match='batch_size=0'): MatchOptions(batch_size=0)
     with pytest.raises(ValueError, match='give more frames'): cg.fit_prior([d[:5]], 350.)
 
 
 def test_tables():
     a, b = (cg.TABLES[k] for k in ('protein-thermodynamics', 'torchmd-cg'))
-    assert {k for k in a if a[k] != b[k]} == {'ARG', 'LYS', 'LEU',
-                                              'ILE'} and 18 not in a.values() and a['NLE'] == b['NLE'] == 17
+    assert {k for k in a if a[k] != b[k]} == {'ARG', 'LYS', 'LEU', 'ILE'}
+    assert 18 not in a.values() and a['NLE'] == b['NLE'] == 17
     assert len({int(cg.bead_types([n], a)[0]) for n in ('HIS', 'HSD', 'HSE', 'HIE')}) == 1
 
 
@@ -380,8 +298,8 @@ lj:
 def test_the_published_layout(tmp_path):
     (path := tmp_path/'prior.yaml').write_text(YAML)
     p = cg.read_prior(path)
-    assert p.bonds['ALA', 'CYS'] == pytest.approx((65.4*418.4, 0.3831)) and p.bonds['CYS',
-        'ALA'] == pytest.approx((94.0*418.4, 0.3827))
+    assert p.bonds['ALA', 'CYS'] == pytest.approx((65.4*418.4, 0.3831))
+    assert p.bonds['CYS', 'ALA'] == pytest.approx((94.0*418.4, 0.3827))
     x = torch.tensor([[[0., 0, 0], [0.39, 0, 0], [0.5, 0.37, 0]]])
     terms = cg.prior_terms(x, cg.chain_system(['ALA', 'CYS', 'ALA'], p, TABLE)) # by hand, in kcal/mol and angstrom
     r = [3.9, math.hypot(1.1, 3.7), math.hypot(5, 3.7)]
@@ -432,31 +350,21 @@ def test_selections():
 def test_pairs_without_data_take_the_pooled_bond():
     "A mutation makes pairs that no frame holds."
     rng = np.random.default_rng(0)
-    x = np.cumsum(normalize(torch.randn(3000, 4, 3, generator=torch.Generator().manual_seed(0)),
-                            dim=-1).numpy()*rng.normal(0.382, 0.005, (3000, 4, 1)), 1).astype(np.float32)
+    steps = normalize(torch.randn(3000, 4, 3, generator=torch.Generator().manual_seed(0)), dim=-1).numpy()
+    x = np.cumsum(steps*rng.normal(0.382, 0.005, (3000, 4, 1)), 1).astype(np.float32)
     prior, fits = cg.fit_prior([ForceData(('ALA', 'GLY', 'SER', 'ALA'), x, 0*x)], 350., dict(bonds={}))
-    assert set(prior.bonds) == {'*', ('ALA', 'GLY'), ('GLY', 'SER'),
-                                ('SER', 'ALA')} and {f.term for f in fits} == {'bonds'}
+    assert set(prior.bonds) == {'*', ('ALA', 'GLY'), ('GLY', 'SER'), ('SER', 'ALA')}
+    assert {f.term for f in fits} == {'bonds'}
     s = cg.chain_system(['ALA', 'TRP', 'SER', 'ALA'], prior, TABLE)
     assert tuple(s.bonds[0, 0].tolist()) == pytest.approx(prior.bonds['*'], rel=1e-5)
     assert tuple(s.bonds[0, 2].tolist()) == pytest.approx(prior.bonds['SER', 'ALA'], rel=1e-5)
-    assert prior.bonds['*'][1] == pytest.approx(0.382,
-        abs=2e-3) and prior.bonds['*'][0] == pytest.approx(KT/(2*0.005**2), rel=0.1)
-
-
-@pytest.mark.parametrize('weight', [0., 1., None])
-def test_noised_frames_keep_the_force_of_the_smoothed_density(weight):
-    "One bead in a harmonic well: smoothing adds sigma^2 to its variance, and the force follows."
-    rng, k, sigma = np.random.default_rng(0), 50., 0.2
-    x = rng.normal(0, math.sqrt(KT/k), (200_000, 1, 3))
-    d = cg.noised(ForceData(('ALA',), x, -k*x + rng.normal(0, 5, x.shape)), sigma, 350., weight, seed=1)
-    slope = (d.forces*d.xyz).sum()/(d.xyz**2).sum()
-    assert slope == pytest.approx(-KT/(KT/k + sigma**2), rel=0.03)
+    assert prior.bonds['*'][1] == pytest.approx(0.382, abs=2e-3)
+    assert prior.bonds['*'][0] == pytest.approx(KT/(2*0.005**2), rel=0.1)
 
 
 def test_the_mirror_costs_what_the_paper_says():
     "Published constants, a C-alpha helix and its mirror image: 0.8787 kcal/mol a quadruple."
-    waves = ((0.202036165*4.184, math.radians(-130.5337)), (0.32990447*4.184, math.radians(-97.9884)))
+    waves = cg.PAPER_DIHEDRAL
     s = cg.chain_system(['ALA']*4, Prior({'*': (1., 0.38)}, dihedrals={'*': waves}), TABLE).to(torch.float64)
 
     def torsion(phi): # four beads with this dihedral, all angles 91 degrees
@@ -466,49 +374,3 @@ def test_the_mirror_costs_what_the_paper_says():
     hand = lambda phi: sum(k/4.184*(1 + math.cos(n*phi - p)) for n, (k, p) in enumerate(waves, 1))
     for phi in (0.9, -2.4): assert torsion(phi) == pytest.approx(hand(phi), rel=1e-4)
     assert torsion(math.radians(-50)) - torsion(math.radians(50)) == pytest.approx(0.8787, abs=5e-4)
-
-
-def test_the_bad_chain_is_named():
-    d, prior = chain_frames()
-    bad = replace(d, forces=d.forces.copy())
-    bad.forces[3, 1, 0] = np.nan
-    with pytest.raises(ValueError, match=r'chain 1 of 2: frame 3, bead 1 \(ASP\)'):
-        cg.stack(Potential(prior, TABLE, SchNet(22, 8)), [d, bad])
-
-
-DDP = """
-import os, sys, json, torch
-sys.path.insert(0, sys.argv[1])
-from test_cg import spring_data, cg, MatchOptions, Potential, SchNet
-if __name__ == '__main__':
-    d, _ = spring_data(576)
-    torch.manual_seed(0)
-    p = Potential(None, cg.table_of(d.names), SchNet(3, 8))
-    cg.match(p, [d[:512]], [d[512:]], MatchOptions(max_epochs=2, batch_size=64, average=0.9, devices=int(sys.argv[2])), progress=False)
-    if os.environ.get('LOCAL_RANK', '0') == '0': open(sys.argv[3], 'w').write(json.dumps([h['loss'] for h in p.history]))
-"""
-
-
-def test_two_processes_train_as_one(tmp_path):
-    "Lightning shares each batch among devices; halves of equal size average to the whole."
-    import json
-    import subprocess
-    import sys
-    (script := tmp_path/'two.py').write_text(DDP)
-    for n in '12':
-        subprocess.run([sys.executable, script, str(Path(__file__).parent), n, tmp_path/n], check=True, timeout=300,
-                       cwd=tmp_path)
-    losses = [json.loads((tmp_path/n).read_text()) for n in '12']
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-
-
-@pytest.mark.parametrize('model', ['graph-network', 'tensornet'])
-def test_torchmdnet_behind_the_same_call(model):
-    pytest.importorskip('torchmdnet.models.model') # an optional program
-    p, chains, xs, x = mixed(False, torch.float32)
-    p.network = cg.torchmdnet(model, 16, 2)
-    e, f = p.forces(x, p.system(*chains))
-    e1, f1 = p.forces(xs[1], p.system(NAMES))
-    torch.testing.assert_close(f[1], f1[0], rtol=1e-3, atol=1e-2)
-    assert torch.isfinite(e).all()
-    assert float(p.network(p.system(NAMES).types, xs[1], torch.ones(1, 10, dtype=bool)).detach().abs()) > 0

@@ -1,33 +1,36 @@
-"The register, downloads from a local server, checksums, packing and streaming."
-import errno, hashlib, http.server, io, os, re, signal, subprocess, sys, tarfile, threading, time, tracemalloc, warnings, zipfile
-from dataclasses import dataclass, replace
+"The register, downloads from a local server, checksums."
+import errno
+import hashlib
+import http.server
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import warnings
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import mdtraj as md
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import foldbook.data as fd
 from foldbook.data import DataSet, File
+from foldbook.frames import stream_frames
+from test_frames import trajectory
 
 ROOT = Path(__file__).parents[1]
 PAYLOAD = bytes(range(256))*40
 
 
 def sha(b): return 'sha256:' + hashlib.sha256(b).hexdigest()
-
-
-def topology(n):
-    top = md.Topology()
-    c = top.add_chain()
-    for _ in range(n): top.add_atom('CA', md.element.carbon, top.add_residue('ALA', c))
-    return top
-
-
-def trajectory(n_frames, n_beads, seed=0):
-    x = np.random.default_rng(seed).normal(size=(n_frames, n_beads, 3)).cumsum(axis=1)*0.3
-    return md.Trajectory(x.astype(np.float32), topology(n_beads), time=6.0*np.arange(n_frames))
 
 
 @dataclass
@@ -221,7 +224,8 @@ def test_missing_file_says_404(web, tmp_path):
     assert leftovers(tmp_path) == []
 
 
-FETCH = "import sys; from foldbook.data import *; fetch(DataSet('toy', 'downloaded', '', (File('frames.npz', None, None, sys.argv[1] + '/frames.npz'),)), False, sys.argv[2])"
+FETCH = ("import sys; from foldbook.data import *; f = File('frames.npz', None, None, sys.argv[1] + '/frames.npz'); "
+         "fetch(DataSet('toy', 'downloaded', '', (f,)), False, sys.argv[2])")
 
 
 def test_killed_download_goes_on(web, tmp_path):
@@ -307,10 +311,6 @@ def test_restricting_licence_announces_itself(web, tmp_path, licence, noisy):
             for w in seen] == [True]*noisy
 
 
-def test_restricted_sets():
-    assert [n for n in fd.names() if fd.is_restricted(fd.info(n))] == ['atlas', 'hp35_desres', 'villin_rmsd', 'desres']
-
-
 def test_majewski_is_complete():
     proteins = 'chignolin trpcage bba villin wwdomain ntl9 bbl proteinb homeodomain proteing a3d lambda'.split()
     for p in proteins:
@@ -350,7 +350,7 @@ def test_archive_is_unpacked_whole(server, tmp_path, kind):
     files[f'/{name}'] = buffer.getvalue(), None
     d = fd.fetch(entry(url, name, trajectory_pattern='*.xtc', topology_pattern='*.pdb'), False, cache)
     assert [p.name for p in d.trajectories] == ['a.xtc'] and d.topology.name == 'top.pdb'
-    assert sum(len(c) for _, c in fd.stream_frames(d.trajectories, d.topology)) == 5
+    assert sum(len(c) for _, c in stream_frames(d.trajectories, d.topology)) == 5
     files[f'/{name}'] = buffer.getvalue()[:-60], None
     with pytest.raises(ValueError, match='not a whole archive'): fd.fetch(entry(url, name), False, tmp_path/'other')
     assert leftovers(tmp_path/'other') == [name]
@@ -369,7 +369,9 @@ def test_register_is_complete():
     with pytest.raises(ValueError, match='already'): fd.register(fd.info('pdb'))
     with pytest.raises(KeyError, match='one data set'): fd.info('ala2:1')
     with pytest.raises(ValueError, match='pdb:ID'): fd.fetch('pdb', False)
-    with pytest.raises(FileNotFoundError, match='fetch'): fd.info('villin_go').topology
+    with pytest.raises(FileNotFoundError, match='fetch'): print(fd.info('villin_go').topology)
+    assert [n for n in fd.names() if fd.info(n).restricted] == ['atlas', 'hp35_desres', 'villin_rmsd', 'desres']
+    assert set(fd.table().query('restricted').index) == {'atlas', 'hp35_desres', 'villin_rmsd', 'desres'}
 
 
 def test_on_request_says_how(tmp_path):
@@ -429,166 +431,39 @@ def test_two_processes_fetch_at_once(tmp_path):
     assert not [p for p in tmp_path.rglob('*.tmp')]
 
 
-@settings(deadline=None, max_examples=15)
-@given(st.integers(1, 40), st.integers(10, 50), st.integers(0, 1000))
-def test_packing_loses_nothing(tmp_path_factory, n_frames, n_beads, seed):
-    d = tmp_path_factory.mktemp('pack')
-    t = trajectory(n_frames, n_beads, seed)
-    t.save_xtc(str(d/'a.xtc'))
-    t[0].save_pdb(str(d/'top.pdb'))
-    fd.unpack_trajectory(fd.pack_trajectory(d/'a.xtc', d/'top.pdb', d/'a.npy.xz'), d/'b.xtc', 6.0)
-    assert (d/'a.xtc').read_bytes() == (d/'b.xtc').read_bytes()
-
-
-def test_packing_refuses_far_positions(tmp_path):
-    t = trajectory(2, 12)
-    t.xyz += 40
-    t.save_xtc(str(tmp_path/'a.xtc'))
-    t[0].save_pdb(str(tmp_path/'top.pdb'))
-    with pytest.raises(ValueError, match='centre'):
-        fd.pack_trajectory(tmp_path/'a.xtc', tmp_path/'top.pdb', tmp_path/'a.npy.xz')
-
-
-def test_pieces_do_not_cross_files(tmp_path):
-    for k, n in enumerate((7, 3, 12)): trajectory(n, 12, k).save_xtc(str(tmp_path/f'{k}.xtc'))
-    got = [(k, len(c)) for k, c in fd.stream_frames(sorted(tmp_path.glob('*.xtc')), topology(12), chunk=5)]
-    assert got == [(0, 5), (0, 2), (1, 3), (2, 5), (2, 5), (2, 2)]
-    _, c = next(fd.stream_frames(tmp_path/'0.xtc', topology(12), atoms=np.array([2, 5])))
-    assert np.allclose(c.xyz, trajectory(7, 12, 0).xyz[:5 + 2, [2, 5]], atol=6e-4)
-
-
-@pytest.mark.parametrize('suffix', ['xtc', 'dcd'])
-def test_truncated_file_is_named(tmp_path, suffix):
-    path = tmp_path/f'cut.{suffix}'
-    t = trajectory(30, 12)
-    t.save(str(path))
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f'cut.{suffix}.*cut short'): list(fd.stream_frames(path, t.topology, chunk=8))
-
-
-@pytest.mark.parametrize('suffix', ['xtc', 'trr', 'dcd', 'nc'])
-@given(st.floats(0.02, 0.98), st.sampled_from([2, 9, 10, 33]))
-@settings(deadline=None, max_examples=12)
-def test_cut_anywhere_is_named_after_its_whole_frames(tmp_path_factory, suffix, part, n_beads):
-    folder, t = tmp_path_factory.mktemp('cut'), trajectory(30, n_beads)
-    whole, cut = folder/f'whole.{suffix}', folder/f'cut.{suffix}'
-    t[:29].save(str(whole))
-    frame = -whole.stat().st_size
-    t.save(str(whole))
-    data = whole.read_bytes()
-    frame += len(data)
-    assert sum(map(len, fd.read_frames(whole, t.topology, chunk=8))) == 30
-    size = int(part*len(data))
-    ends = len(data) - frame*np.arange(29, -1, -1)
-    if suffix == 'xtc':
-        with md.open(str(whole)) as f: ends = np.append(f.offsets[1:], len(data)) # each of another length
-    if suffix != 'nc': assume(size not in ends) # whole frames only are no damage
-    cut.write_bytes(data[:size])
-    x = []
-    with pytest.raises(ValueError, match=f'cut.{suffix}: frame [0-9]+.*(cut short|damaged)') as e:
-        for piece in fd.read_frames(cut, t.topology, chunk=8): x.append(piece.xyz)
-    n = int(str(e.value).split('frame ')[1].split(':')[0].split()[0])
-    assert n == sum(map(len, x)) == (0 if suffix == 'nc' else (ends <= size).sum()) # netCDF cannot be opened at all
-    if n: np.testing.assert_allclose(np.concatenate(x), t.xyz[:n], atol=6e-4)
-    with pytest.raises(ValueError, match=f'cut.{suffix}: frame {n}'): list(fd.stream_frames(cut, t.topology, chunk=8))
-
-
-def test_cut_inside_the_next_header(tmp_path):
-    "Where mdtraj sees a file that ends well."
-    t, path = trajectory(5, 12), tmp_path/'header.xtc'
-    t.save_xtc(str(path))
-    path.write_bytes(path.read_bytes() + path.read_bytes()[:2])
-    assert len(md.load(str(path), top=t.topology)) == 5
-    with pytest.raises(fd.DamagedFile, match='header.xtc: frame 5: .*2 bytes of an unfinished frame'):
-        list(fd.stream_frames(path, t.topology))
-
-
-def swapped(data):
-    "A dcd file without box as a machine of the other byte order writes it; 4-byte words except the text."
-    n = 4 + 80*int.from_bytes(data[96:100], 'little')
-    turn = lambda b: np.frombuffer(b, '<u4').astype('>u4').tobytes()
-    return turn(data[:4]) + data[4:8] + turn(data[8:100]) + data[100:96 + n] + turn(data[96 + n:])
-
-
-@pytest.mark.parametrize('kind', ['charmm', 'other byte order', 'x-plor'])
-def test_kinds_of_dcd(tmp_path, kind):
-    t, path = trajectory(20, 12), tmp_path/'kind.dcd'
-    t.save_dcd(str(path))
-    data = bytearray(path.read_bytes())
-    if kind == 'x-plor': data[84:88], data[44:52] = bytes(4), np.float64(0.02).tobytes()
-    if kind == 'other byte order': data = swapped(bytes(data))
-    path.write_bytes(data)
-    got = np.concatenate([c.xyz for _, c in fd.stream_frames(path, t.topology, chunk=7)])
-    np.testing.assert_allclose(got, t.xyz, atol=1e-5)
-    path.write_bytes(data[:-30])
-    with pytest.raises(fd.DamagedFile, match='kind.dcd: frame 19'): list(fd.stream_frames(path, t.topology, chunk=7))
-
-
-def test_excerpt_of_a_dcd_is_no_damage(tmp_path):
-    t, path = trajectory(30, 12), tmp_path/'excerpt.dcd'
-    t.save_dcd(str(path))
-    data = bytearray(path.read_bytes())
-    data[8:12] = (1000).to_bytes(4, 'little')
-    path.write_bytes(data)
-    with pytest.warns(UserWarning, match='promises 1000 frames, the file has 30'):
-        assert sum(len(c) for _, c in fd.stream_frames(path, t.topology)) == 30
-
-
-@pytest.mark.parametrize('suffix', ['pdb', 'nc', 'trr', 'xtc', 'dcd'])
-def test_every_format_with_a_box(tmp_path, suffix):
-    t, path = trajectory(6, 12), tmp_path/f'box.{suffix}'
-    t.unitcell_lengths, t.unitcell_angles = np.full((6, 3), 4.), np.full((6, 3), 90.)
-    t.save(str(path))
-    assert [len(c) for c in fd.read_frames(path, t.topology, chunk=4)] == [4, 2]
-    assert fd.atoms_in_file(path, t.topology) == 12
-    with pytest.raises(ValueError, match=f'box.{suffix}'): list(fd.read_frames(path, topology(11), atoms=np.arange(3)))
-
-
-def test_topology_and_empty_files(tmp_path):
-    t = trajectory(3, 12)
-    t[0].save_pdb(str(tmp_path/'top.pdb'))
-    for top in (tmp_path/'top.pdb', str(tmp_path/'top.pdb'), t, t.topology): assert fd.load_topology(top).n_atoms == 12
-    with pytest.raises(FileNotFoundError, match='none.pdb'): fd.load_topology(tmp_path/'none.pdb')
-    (tmp_path/'empty.xtc').write_bytes(b'')
-    (tmp_path/'text.dcd').write_text('not a trajectory')
-    with pytest.raises(ValueError, match='text.dcd: no topology can be read'): fd.load_topology(tmp_path/'text.dcd')
-    for name in ('empty.xtc', 'text.dcd'):
-        with pytest.raises(ValueError, match=f'{name}: frame 0'): list(fd.stream_frames(tmp_path/name, t))
-
-
-def test_bad_numbers_and_wrong_topology_are_named(tmp_path):
-    t = trajectory(30, 12)
-    t.xyz[17, 4, 1] = np.nan
-    t.save(str(tmp_path/'nan.dcd'))
-    with pytest.raises(ValueError, match=r'nan.dcd: frame 17, atom ALA4-CA|nan.dcd: frame 17, atom ALA5-CA'):
-        list(fd.stream_frames(tmp_path/'nan.dcd', t.topology, chunk=8))
-    with pytest.raises(ValueError, match='nan.dcd.*topology of 13 atoms'):
-        list(fd.stream_frames(tmp_path/'nan.dcd', topology(13)))
-    with pytest.raises(FileNotFoundError, match='none.xtc'): list(fd.stream_frames(tmp_path/'none.xtc', topology(13)))
-
-
-def test_streaming_memory_is_bounded(tmp_path):
-    "20,000 frames of 60 atoms are 14 MB in memory; a stream of 500 needs a small part of that."
-    t = trajectory(20_000, 60)
-    t.save_dcd(str(tmp_path/'long.dcd'))
-    top, n = t.topology, 0
-    del t
-    tracemalloc.start()
-    for _, c in fd.stream_frames(tmp_path/'long.dcd', top, chunk=500): n += len(c)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert n == 20_000 and peak < 4e6
-
-
-def test_plot_draws_each_trajectory():
-    import matplotlib
-    matplotlib.use('Agg')
-    ax = fd.plot_distributions([np.arange(10.), np.arange(5.)], 'x (nm)')
-    assert len(ax.get_legend().get_texts()) == 2 and ax.get_xlabel() == 'x (nm)'
-
-
 def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv('FOLDBOOK_CACHE', str(tmp_path))
     assert fd.cache_directory() == tmp_path
     assert fd.shipped_directory() == ROOT/'data'
-    assert replace(fd.info('ala2_dihedrals')).size == 6_000_544
+    assert fd.info('ala2_dihedrals').size == 6_000_544
+
+
+def test_trajectories_come_in_natural_order(tmp_path):
+    for k in (10, 9, 1): (tmp_path/f'run-{k}.xtc').touch()
+    d = DataSet('toy', 'generated', '', trajectory_pattern='*.xtc', directory=tmp_path)
+    assert [p.stem for p in d.trajectories] == ['run-1', 'run-9', 'run-10']
+    with pytest.raises(FileNotFoundError, match="'toy' has no topology file"): print(d.topology)
+    with pytest.raises(FileNotFoundError, match='has no file .*pdb'): d.find('*.pdb')
+
+
+@pytest.mark.parametrize('size, checksum, why', [
+    (3, None, '10,240 bytes instead of 3'), (None, sha(b''), 'its checksum is not'), (10_240, sha(PAYLOAD), ''),
+    (None, None, '')])
+def test_a_file_is_checked_as_far_as_it_is_known(tmp_path, size, checksum, why):
+    (path := tmp_path/'x.bin').write_bytes(PAYLOAD)
+    if not why: assert fd.check_file(path, File('x.bin', checksum, size)) == path
+    else:
+        with pytest.raises(ValueError, match=f'x.bin is damaged or another version: .*{why}'):
+            fd.check_file(path, File('x.bin', checksum, size))
+
+
+def test_a_download_of_another_size_is_refused(web, tmp_path):
+    web.files['/frames.npz'] = Answer(PAYLOAD)
+    d = DataSet('toy', 'downloaded', '', (File('frames.npz', None, 7, f'{web.url}/frames.npz'),))
+    with pytest.raises(ValueError, match='frames.npz .*10,240 bytes instead of 7'): fd.fetch(d, False, tmp_path)
+
+
+def test_import_is_light():
+    code = ('import sys, foldbook.data; '
+            'print([m for m in ("mdtraj", "pandas", "requests", "pooch", "torch") if m in sys.modules])')
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'

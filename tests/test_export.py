@@ -1,4 +1,4 @@
-"A student outside of Python: the same numbers and slopes through every door, input files that hold together, and free energies from biased samples."
+"A student outside of Python: the same numbers and slopes through every door, and free energies from biased samples."
 import json
 import re
 import warnings
@@ -12,7 +12,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.special import expit
 from scipy.stats import norm
 
-from foldbook import data, features, simulation
+from foldbook import data, features
+from foldbook.go import shipped_model
 from foldbook.distill import Student
 from foldbook.export import (SMOOTH, Deployed, PairTerms, evaluate_features, openmm_force, pair_terms, plumed_input,
                              position_gradient,
@@ -23,7 +24,7 @@ from foldbook.export import (SMOOTH, Deployed, PairTerms, evaluate_features, ope
 @pytest.fixture(scope='module')
 def villin():
     "A student with random targets: what is exported is checked, not what is learned."
-    d, model = data.fetch('villin_go', progress=False), simulation.shipped_model('villin_go')
+    d, model = data.fetch('villin_go', progress=False), shipped_model('villin_go')
     rule = features.named(SMOOTH, str(d.topology))
     t = next(data.stream_frames(d.trajectories[:1], model.native.topology, chunk=1500))[1]
     X = [rule(t)]
@@ -144,12 +145,12 @@ def test_openmm_energy_and_forces(villin, make):
     top = villin['native'].topology
     force = openmm_force(villin['deployed'], top, kappa=3.,
                          centre=-.7) if make == 'expression' else python_force(villin['deployed'], top, 3., -.7)
-    for x, (energy, f, context) in zip(villin['xyz'], alone(force, top.n_atoms, villin['xyz'])):
+    for x, (energy, f, _context) in zip(villin['xyz'], alone(force, top.n_atoms, villin['xyz'])):
         z, g = position_gradient(villin['deployed'], x, villin['atoms'])
         assert energy == pytest.approx(1.5 * (z + .7)**2, abs=1e-5)
         np.testing.assert_allclose(f, -3 * (z + .7) * g, atol=1e-5)
-    context.setParameter('centre', float(z))
-    assert context.getState(getEnergy=True).getPotentialEnergy()._value == pytest.approx(0, abs=1e-9)
+    _context.setParameter('centre', float(z))
+    assert _context.getState(getEnergy=True).getPotentialEnergy()._value == pytest.approx(0, abs=1e-9)
 
 
 def test_any_energy_of_the_committor_survives_serialisation(villin):
@@ -225,15 +226,15 @@ def test_what_cannot_be_exported_is_refused_with_a_cure(villin):
     with pytest.raises(ValueError, match='memoryless'): Deployed(fit('lstm', 'teacher_mse'), villin['terms'])
     with pytest.raises(ValueError, match='members=1'): Deployed(fit('mlp', 'teacher_mse', members=2), villin['terms'])
     with pytest.raises(ValueError, match='or not trained'): Deployed(Student('mlp'), villin['terms'])
-    rule = features.named('Q + RMSD', villin['native'])
+    rule = features.named('Q + RMSD', villin['model'])
     with pytest.raises(ValueError, match="feature 'Q' is not a smooth sum"): pair_terms(rule.features, villin['native'])
     with pytest.raises(ValueError, match='needs the columns of its contacts'):
-        pair_terms(features.named('Q_soft', villin['native']).features, villin['native'])
-    heavy = features.named('Q_soft + contacts', villin['native']).features
+        pair_terms(features.named('Q_soft', villin['model']).features, villin['native'])
+    heavy = features.named('Q_soft + contacts', villin['model']).features
     # as of an all-atom structure
     other = features.Features(heavy.names, heavy.units, (heavy.atoms[0] + ('LEU1-CB',),) + heavy.atoms[1:])
     with pytest.raises(ValueError, match='between C-alphas'): pair_terms(other, villin['native'])
-    few = pair_terms(features.named('contact_distances', villin['native']).features, villin['native'])
+    few = pair_terms(features.named('contact_distances', villin['model']).features, villin['native'])
     with pytest.raises(ValueError, match='the terms describe'): Deployed(villin['student'], few)
 
 

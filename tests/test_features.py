@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from foldbook import features as ft
+from foldbook.structures import ca_atoms, find_atoms, load_native, match_atoms, native_contacts, protein_atoms
 
 SEQUENCE = 'ALKEIFKWLKEAGR'
 
@@ -23,7 +24,7 @@ def native(folder):
     out = Bio.PDB.PDBIO()
     out.set_structure(s)
     out.save(str(folder/'native.pdb'))
-    return ft.load_native(folder/'native.pdb')
+    return load_native(folder/'native.pdb')
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +35,7 @@ def shaken(native, folder):
     return md.load(str(folder/'shaken.xtc'), top=native.topology)
 
 
-def beads(t): return t.atom_slice(ft.ca_atoms(t.topology))
+def beads(t): return t.atom_slice(ca_atoms(t.topology))
 
 
 ORACLES = {
@@ -48,7 +49,7 @@ ORACLES = {
         simplified=True)),
     'ca_distances': lambda t, n: md.compute_contacts(t, [(i, j) for i in range(14) for j in range(i+3, 14)],
                                                      scheme='ca', periodic=False)[0],
-    'heavy_distances': lambda t, n: md.compute_contacts(t, ft.native_contacts(n), scheme='closest-heavy',
+    'heavy_distances': lambda t, n: md.compute_contacts(t, native_contacts(n), scheme='closest-heavy',
                                                         periodic=False)[0],
     'coordinates': lambda t, n: beads(t).superpose(beads(n)).xyz.reshape(len(t), -1),
     'end_to_end': lambda t, n: md.compute_contacts(t, [(0, 13)], scheme='ca', periodic=False)[0],
@@ -61,12 +62,13 @@ ORACLES = {
 
 @pytest.mark.parametrize('name', ORACLES)
 def test_against_mdtraj(name, shaken, native):
-    found, wanted = ft.named(name, native)(shaken), ORACLES[name](shaken, native)
+    few = shaken[:20]
+    found, wanted = ft.named(name, native)(few), ORACLES[name](few, native)
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_fraction_native_against_float64(shaken, native):
-    pairs, x, x0 = ft.native_contacts(native), beads(shaken).xyz.astype(float), beads(native).xyz[0].astype(float)
+    pairs, x, x0 = native_contacts(native), beads(shaken).xyz.astype(float), beads(native).xyz[0].astype(float)
     d = np.linalg.norm(x[:, pairs[:, 0]] - x[:, pairs[:, 1]], axis=2)
     d0 = np.linalg.norm(x0[pairs[:, 0]] - x0[pairs[:, 1]], axis=1)
     np.testing.assert_allclose(ft.fraction_native(native)(shaken)[:, 0], (d < 1.2*d0).mean(1), atol=1e-6)
@@ -85,19 +87,8 @@ def test_pseudo_angles_against_float64(shaken, native):
     np.testing.assert_allclose(ft.pseudo_dihedrals(native)(shaken)[:, :11], c, atol=2e-5)
 
 
-def test_tica_of_deeptime_takes_our_arrays(shaken, native):
-    from deeptime.decomposition import TICA
-    x = (ft.ca_distances(native) + ft.rmsd(native))(shaken)
-    y = TICA(lagtime=1, dim=1).fit_fetch(x.astype(float)).transform(x.astype(float))
-    ours = md.compute_contacts(shaken, [(i, j) for i in range(14) for j in range(i+3, 14)], scheme='ca',
-                               periodic=False)[0]
-    ours = np.c_[ours, md.rmsd(beads(shaken), beads(native))].astype(float)
-    reference = TICA(lagtime=1, dim=1).fit_fetch(ours).transform(ours)
-    np.testing.assert_allclose(np.abs(np.corrcoef(y[:, 0], reference[:, 0])[0, 1]), 1, atol=1e-6)
-
-
 def test_beads_and_atoms_agree(shaken, native):
-    pairs = ft.native_contacts(native)
+    pairs = native_contacts(native)
     wanted = ft.default(native, pairs)
     found = ft.default(beads(native), pairs)
     assert found.features.names == wanted.features.names
@@ -106,8 +97,8 @@ def test_beads_and_atoms_agree(shaken, native):
         with pytest.raises(ValueError, match='C-alpha'): ft.named(name, beads(native))
 
 
-@given(st.lists(st.sampled_from(sorted(ft.FEATURIZERS)), min_size=1, max_size=4), st.integers(1, 200))
-@settings(deadline=None, max_examples=15)
+@given(st.lists(st.sampled_from(sorted(set(ft.FEATURIZERS) - {'SASA'})), min_size=1, max_size=4), st.integers(1, 200))
+@settings(deadline=None, max_examples=6)
 def test_sums_and_chunks(folder, native, shaken, names, chunk):
     whole = ft.named(' + '.join(names), native)
     (x,), described = ft.stream(folder/'shaken.xtc', folder/'native.pdb', whole, chunk=chunk, progress=False)
@@ -133,7 +124,7 @@ def broken(t, how):
     t = md.Trajectory(t.xyz.copy(), t.topology)
     if how == 'nan': t.xyz[7, 3] = np.nan
     if how == 'angstrom': t.xyz *= 10
-    if how == 'split': t.xyz[9, ft.ca_atoms(t.topology)[5]] += 20
+    if how == 'split': t.xyz[9, ca_atoms(t.topology)[5]] += 20
     return t
 
 
@@ -166,10 +157,10 @@ def test_other_faults(native):
     with pytest.raises(KeyError, match='Q_soft'):
         (ft.fraction_native(native) + ft.soft_fraction_native(native)).features.index('Q_sotf')
     with pytest.raises(ValueError, match='unknown dihedrals'): ft.dihedrals(native, ('alpha',))
-    with pytest.raises(ValueError, match='C-alpha'): ft.ca_atoms(native.atom_slice([0, 2, 3]).topology)
+    with pytest.raises(ValueError, match='C-alpha'): ca_atoms(native.atom_slice([0, 2, 3]).topology)
     spread = md.Trajectory(native.xyz*100, native.topology)
-    with pytest.raises(ValueError, match='no native contact'): ft.native_contacts(spread)
-    with pytest.raises(FileNotFoundError, match='nothing.pdb'): ft.load_native('nothing.pdb')
+    with pytest.raises(ValueError, match='no native contact'): native_contacts(spread)
+    with pytest.raises(FileNotFoundError, match='nothing.pdb'): load_native('nothing.pdb')
 
 
 def test_water_and_ions_are_left_out(native):
@@ -178,7 +169,7 @@ def test_water_and_ions_are_left_out(native):
     top.add_atom('O', md.element.oxygen, top.add_residue('HOH', chain))
     top.add_atom('CA', md.element.calcium, top.add_residue('CA', chain))
     wet = md.Trajectory(np.concatenate([native.xyz, np.zeros((1, 2, 3))], 1), top)
-    np.testing.assert_array_equal(ft.protein_atoms(top), np.arange(native.n_atoms))
+    np.testing.assert_array_equal(protein_atoms(top), np.arange(native.n_atoms))
     np.testing.assert_allclose(ft.rmsd(native)(wet), 0, atol=1e-3)
 
 
@@ -195,7 +186,7 @@ def test_smooth_fraction_against_the_formula(shaken, native):
 
 
 def test_soft_and_hard_heavy_contacts(shaken, native):
-    pairs = ft.native_contacts(native)
+    pairs = native_contacts(native)
     d = md.compute_contacts(shaken, pairs, scheme='closest-heavy', periodic=False)[0].astype(float)
     np.testing.assert_array_equal(ft.heavy_contacts(native)(shaken), d < 0.45)
     np.testing.assert_allclose(ft.heavy_contacts(native, width=0.1)(shaken), np.exp(-np.maximum(d - 0.45, 0)**2/0.02),
@@ -203,14 +194,9 @@ def test_soft_and_hard_heavy_contacts(shaken, native):
     with pytest.raises(ValueError, match='C-alphas only'): ft.heavy_contacts(beads(native))
 
 
-def test_contacts_are_those_of_the_simulation_chapter(native):
-    from foldbook.simulation import native_contacts
-    np.testing.assert_array_equal(ft.native_contacts(native), native_contacts(native))
-
-
 def test_q_is_that_of_the_model():
     from foldbook.data import fetch
-    from foldbook.simulation import native_fraction, shipped_model
+    from foldbook.go import native_fraction, shipped_model
     villin, model = fetch('villin_go', progress=False), shipped_model('villin_go')
     t = md.load(str(villin.trajectories[0]), top=model.native, stride=5)
     wanted = native_fraction(model, t.xyz)
@@ -238,7 +224,7 @@ def test_order_and_names_of_atoms_do_not_matter(shaken, native):
     f = ft.named('default + phi + psi + chi + heavy_distances + coordinates + Q_soft', native)
     other = shuffled(shaken)
     np.testing.assert_allclose(f(other), f(shaken), atol=1e-5)
-    index = ft.match_atoms(native.topology, other.topology)
+    index = match_atoms(native.topology, other.topology)
     np.testing.assert_array_equal(other.xyz[:, index], shaken.xyz)
     assert f.describe(other.topology) == f.features
 
@@ -255,7 +241,7 @@ def test_only_what_is_needed_must_be_there(shaken, native):
 
 @pytest.mark.parametrize('extension', ['xtc', 'trr', 'dcd', 'nc'])
 @given(st.floats(0.02, 0.98))
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 def test_cut_files_are_named(extension, folder, native, shaken, part):
     whole, cut = folder/f'whole.{extension}', folder/f'cut.{extension}'
     if not whole.exists(): shaken.save(str(whole))
@@ -292,7 +278,8 @@ def test_damaged_frames_are_counted(folder, native, shaken):
                                  progress=False)
     assert described.skipped == (3, 0) and ft.Features.from_json(described.to_json()) == described
     np.testing.assert_allclose(x[0], f(shaken)[np.setdiff1d(np.arange(150), (7, 20, 60))], atol=1e-5)
-    with pytest.raises(ValueError, match='raise or skip'): ft.stream([folder/'three.nc'], native, f, damaged='ignore')
+    with pytest.raises(ValueError, match='choose one of raise, skip'):
+        ft.stream([folder/'three.nc'], native, f, damaged='ignore')
 
 
 @given(st.integers(1, 30), st.integers(1, 60))
@@ -320,7 +307,7 @@ def test_excerpt_of_a_dcd_is_no_damage(folder, native, shaken):
 @pytest.mark.parametrize('atoms', ['all', 'beads', 'two'])
 def test_units(folder, native, shaken, factor, message, atoms):
     top = native.topology
-    keep = {'all': np.arange(native.n_atoms), 'beads': ft.ca_atoms(top),
+    keep = {'all': np.arange(native.n_atoms), 'beads': ca_atoms(top),
             'two': [a.index for a in top.atoms if a.residue.index < 2]}[atoms]
     t = md.Trajectory(shaken.xyz[:, keep]*factor, top.subset(keep))
     t.save_xtc(str(folder/'units.xtc'))
@@ -391,11 +378,11 @@ def test_more_faults(folder, native, shaken):
     with pytest.raises(ValueError, match='names a residue that is not there'): ft.fraction_native(native, [[0, 14]])
     with pytest.raises(ValueError, match='residue pairs are needed'): ft.ca_distances(native, [0, 5])
     with pytest.raises(ValueError, match='three are needed'):
-        ft.rmsd(native.atom_slice(ft.ca_atoms(native.topology)[:2]))
+        ft.rmsd(native.atom_slice(ca_atoms(native.topology)[:2]))
     with pytest.raises(ValueError, match='4 residues'):
-        ft.pseudo_dihedrals(native.atom_slice(ft.ca_atoms(native.topology)[:3]))
-    with pytest.raises(ValueError, match='not a structure'): ft.load_native(folder/'shaken.xtc')
-    with pytest.raises(KeyError, match="no atom 'LEU99-CA'"): ft.find_atoms(native.topology, ('LEU2-CA', 'LEU99-CA'))
+        ft.pseudo_dihedrals(native.atom_slice(ca_atoms(native.topology)[:3]))
+    with pytest.raises(ValueError, match='not a structure'): load_native(folder/'shaken.xtc')
+    with pytest.raises(KeyError, match="no atom 'LEU99-CA'"): find_atoms(native.topology, ('LEU2-CA', 'LEU99-CA'))
 
 
 def test_a_sum_is_a_featurizer_again(native):

@@ -1,5 +1,8 @@
 "Forecasts against exact optima, against statsmodels and scikit-learn, and against malformed input."
-from functools import partial
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,13 +11,14 @@ from hypothesis import strategies as st
 from scipy.linalg import toeplitz
 
 from foldbook import data
-from foldbook.forecast import (FORECASTERS, NETWORKS, PROCESSES, Arima, Autoregression, Drift, Linear, Network, Shrink,
-                               Static, VectorAutoregression, Windows, bootstrap_errors, compare,
-                               forecaster, forecasting_problem, load_forecaster, one_frame_optimum, positions,
-                               protocol_ratio, read_positions, rmsd, save_forecaster)
+from foldbook.forecast import (FORECASTERS, NETWORKS, bootstrap_errors, compare, forecaster, load_forecaster,
+                               protocol_ratio, save_forecaster)
+from foldbook.lines import Arima, Autoregression, Drift, Linear, Shrink, Static, VectorAutoregression
+from foldbook.neural import Network
+from foldbook.windows import PROCESSES, Windows, forecasting_problem, one_frame_optimum, read_positions, rmsd
 
 LEADS = (1, 5, 30)
-quick = partial(Network, max_epochs=15, patience=5)
+BRIEF = dict(max_epochs=1, steps_per_epoch=2) # a training that is a training
 
 
 @pytest.fixture(scope='module')
@@ -54,9 +58,8 @@ def test_linear_forecasters_reach_the_optimum(name, lead):
     process = PROCESSES[name]
     p = forecasting_problem(process.sample(20_000, n_atoms=4, n_trajectories=3, seed=lead), lead, align=False)
     exact = np.square(rmsd(exact_forecast(process, p.test), p.test, 'coordinate'))
-    able = dict(ar=Autoregression(), var=VectorAutoregression()) | (dict(shrink=Shrink()) if name in ('fast', 'slow')
-                                                                    else {})
-    for model in able.values():
+    able = [Autoregression(), VectorAutoregression()] + [Shrink()]*(name in ('fast', 'slow'))
+    for model in able:
         e = np.square(rmsd(model.fit(p.train, p.validation).predict(p.test), p.test, 'coordinate'))
         ratio = np.sqrt(e.mean()/exact.mean())
         blocks = (e - exact)[:len(e)//20*20].reshape(20, -1).mean(1)/exact.mean()/2
@@ -75,8 +78,9 @@ def test_arima_reaches_the_optimum(name, order):
 def score_of(forecast, p): return np.sqrt(np.square(rmsd(forecast, p.test, 'coordinate')).mean())
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-@pytest.mark.parametrize('process', ['fast', 'underdamped', 'driven'])
+@pytest.mark.parametrize('name, process', [('ffn', 'driven'), ('lstm', 'underdamped'), ('lstm_structure', 'fast'),
+                                           *(pytest.param(n, p, marks=pytest.mark.slow) for n in NETWORKS
+                                             for p in ('fast', 'underdamped', 'driven'))])
 def test_networks_reach_the_optimum(name, process):
     q = PROCESSES[process]
     p = forecasting_problem(q.sample(12_000, n_atoms=3, n_trajectories=3, seed=4), 5, align=False)
@@ -84,12 +88,13 @@ def test_networks_reach_the_optimum(name, process):
     assert 0.985 < ratio < 1.03 # 12,000 frames with 9 coordinates: 2e4 independent pairs or more, so 1 - 3*0.005
 
 
+@pytest.mark.slow # the chapter trains two of them
 @pytest.mark.parametrize('kind', ['ffn', 'gru', 'lstm', 'transformer'])
 def test_networks_learn_what_their_start_does_not_know(kind):
     "From the shrinking forecast, which has no velocity, to the underdamped optimum."
     q = PROCESSES['underdamped']
     p = forecasting_problem(q.sample(12_000, n_atoms=3, n_trajectories=3, seed=6), 5, align=False)
-    learned = score(quick(kind, skip='shrink', max_epochs=12), p)
+    learned = score(Network(kind, skip='shrink', max_epochs=12, patience=5), p)
     assert score(Shrink(), p) > 2*learned
     assert learned < 1.05*score_of(exact_forecast(q, p.test), p)
 
@@ -104,7 +109,7 @@ def test_nothing_of_the_future_is_read(rest):
     for name in ('shrink', 'ar', 'var', 'arima', 'lstm', 'transformer', 'lstm_structure'):
         few = [w if name != 'arima' else Windows([s[:, :2] for s in w.series], w.lead)
                for w in (p.train, p.validation, p.test)]
-        model = forecaster(name, **(dict(max_epochs=1) if name in NETWORKS else {})).fit(*few[:2])
+        model = forecaster(name, **(BRIEF if name in NETWORKS else {})).fit(*few[:2])
         other = Windows([spoiled[:, :few[2].series[0].shape[1]]], 15)
         np.testing.assert_allclose(model.predict(few[2])[:known], model.predict(other)[:known], atol=1e-5, err_msg=name)
 
@@ -125,10 +130,9 @@ def test_windows_of_several_frames(rest):
         f = make().fit(p.train, p.validation).predict(p.test)
         assert f.shape == (len(p.test), 4, 10, 3)
     for name in ('lstm', 'lstm_structure', 'lstm_coordinate'):
-        assert forecaster(name, max_epochs=1).fit(p.train, p.validation).predict(p.test).shape == (len(p.test), 4, 10,
-                                                                                                   3)
-    many, one = Linear().fit(p.train, p.validation).predict(p.test), Linear().fit(single[3].train,
-        single[3].validation).predict(single[3].test)
+        f = forecaster(name, skip='shrink', max_epochs=1, steps_per_epoch=2).fit(p.train, p.validation)
+        assert f.predict(p.test).shape == (len(p.test), 4, 10, 3)
+    many, one = (Linear().fit(q.train, q.validation).predict(q.test) for q in (p, single[3]))
     n = min(len(many), len(one))
     np.testing.assert_allclose(many[:n, 3], one[:n, 0], atol=1e-4)
 
@@ -137,14 +141,13 @@ def test_autoregression_is_least_squares(rest):
     "Against scikit-learn, coordinate by coordinate, without a ridge."
     from sklearn.linear_model import LinearRegression
     p = forecasting_problem(rest, 5)
-    ours = Autoregression(ridges=(1e-12,)).fit(p.train, p.validation).predict(p.test)
-    past, future, test = (x.reshape(len(x), -1, 30) for x in (p.train.past.astype(float), p.train.future,
-                                                              p.test.past.astype(float)))
+    model = Autoregression(ridges=(1e-12,)).fit(p.train, p.validation)
+    ours = model.predict(p.test)
+    past, future, test = (x.astype(float).reshape(len(x), -1, 30) for x in (p.train.past, p.train.future, p.test.past))
     theirs = np.stack([LinearRegression().fit(past[:, :, d], future[:, 0, d]).predict(test[:, :, d])
                        for d in range(30)], 1)
-    levels, steps = np.abs(ours.reshape(-1, 30) - theirs).max(), Autoregression(ridges=(1e-12,)).fit(p.train,
-        p.validation).learned['weights'][:, 0]
-    assert levels < 1e-4 or not steps.any() # or the validation part chose steps
+    assert model.learned['weights'][:, 0].any() # levels, not steps
+    assert np.abs(ours.reshape(-1, 30) - theirs).max() < 1e-4
 
 
 def test_arima_forecasts_as_statsmodels_does():
@@ -154,11 +157,12 @@ def test_arima_forecasts_as_statsmodels_does():
     model = Arima().fit(p.train, p.validation)
     test = p.test.series[0][:, 0, 0].astype(float) - model.learned['mean'][0]
     s = model.learned['scale'][0]
-    theirs = ARIMA(test[:101]/s, order=(2, 0, 1),
-                   trend='n').filter(model.learned['parameters'][0]).forecast(6)[-1]*s + model.learned['mean'][0]
+    filtered = ARIMA(test[:101]/s, order=(2, 0, 1), trend='n').filter(model.learned['parameters'][0])
+    theirs = filtered.forecast(6)[-1]*s + model.learned['mean'][0]
     assert abs(model.predict(p.test)[100 - 4, 0, 0, 0] - theirs) < 1e-4
 
 
+@pytest.mark.slow # the stored comparison of the chapter asserts the same
 def test_real_protein(rest):
     "Every network beats static and stays within two percent of the best straight line."
     c = compare(rest, (1, 15), ('shrink', 'ar', 'var', 'ffn', 'lstm', 'lstm_structure'),
@@ -174,7 +178,7 @@ def test_flawed_protocol_loses(rest):
     d = data.fetch('cln025_implicit_10fs', progress=False)
     fast = [x[:4000] for x in read_positions(d.trajectories, d.topology)[0]]
     flaws = ('no superposition', 'no scaling', 'no skip connection', 'lead off by one', 'few steps')
-    assert protocol_ratio(fast, 15, flaws) > 1 > protocol_ratio(fast, 15, max_epochs=4)
+    assert protocol_ratio(fast, 15, flaws) > 1 > protocol_ratio(fast, 15, max_epochs=2)
     with pytest.raises(ValueError, match='not a known flaw'): protocol_ratio(fast, 15, ('no luck',))
 
 
@@ -193,7 +197,7 @@ def test_same_numbers_twice(rest):
 
 
 def test_workers_give_what_one_process_gives(rest):
-    given = dict(leads=(5,), models=('ar', 'lstm'), options=dict(lstm=dict(max_epochs=2)), progress=False)
+    given = dict(leads=(5,), models=('ar', 'lstm'), options=dict(lstm=BRIEF), progress=False)
     one, two = compare(rest, n_workers=1, **given), compare(rest, n_workers=2, **given)
     for key in one.errors: np.testing.assert_array_equal(one.errors[key], two.errors[key])
 
@@ -201,15 +205,34 @@ def test_workers_give_what_one_process_gives(rest):
 @pytest.mark.parametrize('name', [n for n in FORECASTERS if n != 'arima'])
 def test_saved_and_loaded(name, rest, tmp_path):
     p = forecasting_problem([rest[0][:1200]], 2)
-    model = forecaster(name, **(dict(max_epochs=1) if name in NETWORKS else {})).fit(p.train, p.validation)
+    model = forecaster(name, **(BRIEF if name in NETWORKS else {})).fit(p.train, p.validation)
     save_forecaster(model, tmp_path)
     np.testing.assert_array_equal(load_forecaster(tmp_path).predict(p.test), model.predict(p.test))
     assert not [f for f in tmp_path.iterdir() if f.name.startswith('.')]
 
 
+def test_a_killed_comparison_resumes(tmp_path):
+    "A process is killed while its network trains; the same call again ends with the numbers of one undisturbed."
+    series = PROCESSES['fast'].sample(1500, n_atoms=2, seed=1)
+    given = dict(leads=(2,), models=('ar', 'lstm'), options=dict(lstm=dict(max_epochs=60, patience=60)), align=False,
+                 n_workers=1, progress=False)
+    expected = compare(series, **given)
+    program = f"""from foldbook.forecast import compare
+from foldbook.windows import PROCESSES
+compare(PROCESSES['fast'].sample(1500, n_atoms=2, seed=1), directory={str(tmp_path)!r}, **{given!r})"""
+    child = subprocess.Popen([sys.executable, '-c', program])
+    checkpoint = tmp_path/'lead-0002'/'lstm'/'training.ckpt'
+    while not checkpoint.exists() and child.poll() is None: time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL # it was still at work
+    again = compare(series, directory=tmp_path, **given)
+    for key, e in expected.errors.items(): np.testing.assert_array_equal(e, again.errors[key])
+    assert not checkpoint.exists() and (tmp_path/'lead-0002'/'ar'/'errors.npz').exists()
+
+
 def test_other_options_are_not_mixed_up(rest, tmp_path):
     given = dict(leads=(1,), models=('lstm',), n_workers=1, progress=False, directory=tmp_path)
-    compare(rest, options=dict(lstm=dict(max_epochs=1)), **given)
+    compare(rest, options=dict(lstm=BRIEF), **given)
     with pytest.raises(ValueError, match='was made with options'):
         compare(rest, options=dict(lstm=dict(max_epochs=2)), **given)
 
@@ -271,15 +294,14 @@ def test_an_atom_that_never_moves(rest):
     x[0][:, 3] = 0.5
     p = forecasting_problem(x, 5, align=False)
     for name in ('shrink', 'ar', 'var', 'lstm', 'lstm_structure'):
-        f = forecaster(name, **(dict(max_epochs=1) if name in NETWORKS else {})).fit(p.train,
-                                                                                     p.validation).predict(p.test)
+        f = forecaster(name, **(BRIEF if name in NETWORKS else {})).fit(p.train, p.validation).predict(p.test)
         assert np.isfinite(f).all()
         if name in ('shrink', 'ar'): np.testing.assert_allclose(f[:, :, 3], 0.5, atol=1e-4)
 
 
-@pytest.mark.parametrize('x,message', [(np.zeros((1, 5, 3)), 'span'), (np.zeros((400, 5, 3)), 'nothing moves'),
-    (np.zeros((400, 5)), r'positions are \(frames, atoms, 3\)'), (np.zeros((400, 0, 3)), 'positions are'),
-                                       (np.zeros((0, 5, 3)), 'span')])
+@pytest.mark.parametrize('x,message', [
+    (np.zeros((1, 5, 3)), 'span'), (np.zeros((400, 5, 3)), 'nothing moves'), (np.zeros((0, 5, 3)), 'span'),
+    (np.zeros((400, 5)), r'positions are \(frames, atoms, 3\)'), (np.zeros((400, 0, 3)), 'positions are')])
 def test_what_cannot_be_forecast(x, message):
     with pytest.raises(ValueError, match=message): forecasting_problem([x], 5, align=False)
     with pytest.raises(ValueError, match='at least one'): forecasting_problem([], 5)

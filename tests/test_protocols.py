@@ -1,4 +1,5 @@
-"Every protocol of `foldbook simulate` from the command line: killed and resumed, wrong input, a full disk; what ships is what the commands make."
+"""Every protocol of `foldbook simulate` from the command line: killed and resumed, wrong input, a full disk; what
+ships is what the commands make."""
 import json
 import resource
 import signal
@@ -11,9 +12,11 @@ from pathlib import Path
 import mdtraj as md
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from foldbook import allatom, data, simulation, steered
-from foldbook.structures import build_chain, load_molecule, peptide
+from foldbook import allatom, base, data, engine, go, shooting, steered
+from foldbook.cli import app
+from foldbook.molecules import build_chain, load_molecule, peptide
 
 FOLDBOOK = Path(sys.executable).parent/'foldbook'
 SHORT = {'go': '--pdb helix.pdb --trajectories 1 --frames 900 --steps-per-frame 60 --burn-in 0',
@@ -47,7 +50,7 @@ def content(folder):
     return out
 
 
-@pytest.mark.parametrize('protocol', SHORT)
+@pytest.mark.parametrize('protocol', [pytest.param(p, marks=() if p == 'go' else pytest.mark.slow) for p in SHORT])
 def test_killed_and_started_again_it_ends_the_same(protocol, home):
     line = f'{protocol} {SHORT[protocol]} --workers 1 --out'
     whole = run(f'{line} whole-{protocol}', home)
@@ -66,19 +69,10 @@ def test_killed_and_started_again_it_ends_the_same(protocol, home):
     assert content(folder) == content(home/f'whole-{protocol}')
 
 
-def test_what_a_run_says_of_itself(home):
-    "Needs the runs above; the record of each names what decides its numbers."
-    run(f'peptide {SHORT["peptide"]} --workers 1 --out told', home)
-    record, = (home/'told').glob('*.xtc.json')
-    made = json.loads(record.read_text())
-    assert {'force_field', 'solvent', 'temperature', 'time_step', 'seed', 'platform', 'friction', 'versions',
-            'n_frames', 'steps_per_frame'} <= set(made)
-    assert {'foldbook', 'openmm', 'mdtraj', 'numpy', 'python', 'machine'} <= set(made['versions'])
-
-
 def test_shots_until_the_error_is_reached(home):
     "By foldbook shoot, on what foldbook simulate go wrote; each shot can be made again from the file."
-    assert run(f'go {SHORT["go"]} --workers 1 --out shot', home).returncode == 0
+    line = f'go {SHORT["go"]} --workers 1 --out shot'.replace('--frames 900', '--frames 100')
+    assert run(line, home).returncode == 0
     line = [FOLDBOOK, 'shoot', 'shot', *'--trajectory 0 --frames 3 --shots 4 --target-error .2 --max-shots 16 '
                                         '--steps-per-frame 60 --unfolded .3 --folded .9 --workers 1'.split()]
     done = subprocess.run(line, cwd=home, capture_output=True, text=True)
@@ -86,12 +80,12 @@ def test_shots_until_the_error_is_reached(home):
     with np.load(home/'shot'/'shooting.npz') as z:
         outcomes, frame, shots, error = z['outcomes'], z['frame'], int(z['shots']), float(z['target_error'])
     assert outcomes.shape == (3, 16) and (outcomes[:, :4] > -2).all()
-    p, se = simulation.committor_estimate(outcomes)
+    p, se = shooting.committor_estimate(outcomes)
     assert ((se <= .2) | (outcomes > -2).all(axis=1)).all()
-    model = simulation.GoModel.load(home/'shot'/'model.json')
+    model = go.GoModel.load(home/'shot'/'model.json')
     x = md.load_frame(str(home/'shot'/'helix-0.xtc'), int(frame[1]), top=model.native).xyz[0]
-    sizes = simulation.batch_sizes(outcomes[1], shots, error)
-    again = [simulation.shoot_frame(model, x, simulation.shot_seed(0, 1, b), n, steps_per_frame=60, unfolded=.3,
+    sizes = shooting.batch_sizes(outcomes[1], shots, error)
+    again = [shooting.shoot_frame(model, x, shooting.shot_seed(0, 1, b), n, steps_per_frame=60, unfolded=.3,
                                     folded=.9) for b, n in enumerate(sizes)]
     assert (np.concatenate(again) == outcomes[1][outcomes[1] > -2]).all()
 
@@ -110,21 +104,24 @@ WRONG = {'unknown residue': (lambda h: atoms(h, change=lambda l: l.replace('ALA 
          'no file': (None, '', 'wrong.pdb'),
          'temperature': (lambda h: atoms(h), '--temperature 0', 'above zero'),
          'negative temperature': (lambda h: atoms(h), '--temperature -5', 'above zero'),
-         'force field': (lambda h: atoms(h), '--force-field ff20', "unknown force field 'ff20'"),
-         'solvent': (lambda h: atoms(h), '--solvent oil', "unknown solvent 'oil'"),
+         'force field': (lambda h: atoms(h), '--force-field ff20', "force_field='ff20' is not known"),
+         'solvent': (lambda h: atoms(h), '--solvent oil', "solvent='oil' is not known"),
          'format': (lambda h: atoms(h), '--format trr --solvent vacuum', 'write .xtc, .dcd or .h5')}
 
 
 @pytest.mark.parametrize('case', WRONG)
-def test_wrong_input_is_one_sentence_and_leaves_nothing(case, home, tmp_path):
+def test_wrong_input_is_one_sentence_and_leaves_nothing(case, home, tmp_path, monkeypatch):
     text, options, word = WRONG[case]
     if text: (tmp_path/'wrong.pdb').write_text(text(home))
-    done = run(f'equilibrium --pdb wrong.pdb --steps 100 --workers 1 --out out {options}', tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
+    monkeypatch.chdir(tmp_path)
+    line = f'simulate equilibrium --pdb wrong.pdb --steps 100 --workers 1 --out out {options}'
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
     assert word in done.stderr
     assert not [p for p in (tmp_path/'out').rglob('*') if p.suffix not in ('.pdb', '.json')]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence(tmp_path):
     "A limit on the size of files stands for the disk; the same command goes on when there is room."
     line = 'peptide A --frames 600 --steps-per-frame 2 --trajectories 1 --burn-in 0 --format xtc --workers 1 --out out'
@@ -132,7 +129,8 @@ def test_a_full_disk_is_one_sentence(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = run(line, tmp_path, preexec_fn=limit)
-    assert done.returncode == 2 and 'no space left to write 000000250.npz' in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+    assert 'no space left to write 000000250.npz' in done.stderr
     assert not [p.name for p in (tmp_path/'out').rglob('*') if p.name.startswith('.') or p.suffix == '.xtc']
     assert run(line, tmp_path).returncode == 0
 
@@ -148,7 +146,7 @@ def again(name, n_frames, tmp_path):
                                      'spring_constant', 'speed', 'still_steps', 'update') if k in made}
     model = kind(replace(load_molecule(d.directory/'native.pdb'), name=made['molecule']), platform=made['platform'],
                  **settings)
-    out = simulation.simulate(model, tmp_path/first.name, n_frames, made['steps_per_frame'], made['seed'],
+    out = engine.simulate(model, tmp_path/first.name, n_frames, made['steps_per_frame'], made['seed'],
         made['trajectory'], burn_in=made['burn_in'], atoms=made['atoms'], keep=tuple(made['keep']), progress=False)
     arrays = lambda p: dict(np.load(p.with_suffix('.npz')))
     return md.load(str(out)), md.load(str(first))[:n_frames], arrays(out), arrays(first)
@@ -157,7 +155,8 @@ def again(name, n_frames, tmp_path):
 ATOMIC = {'ala2_implicit': 50, 'cln025_implicit': 25, 'cln025_implicit_10fs': 40, 'ala_smd': 100}
 
 
-@pytest.mark.parametrize('name', ATOMIC)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n == 'ala2_implicit' else pytest.mark.slow)
+                                  for n in ATOMIC])
 def test_a_prefix_made_again_is_what_ships(name, tmp_path):
     """The same numbers on the kind of processor that made the set, to the rounding of the package; on another,
     another sample of the same law."""
@@ -173,19 +172,19 @@ def test_a_prefix_made_again_is_what_ships(name, tmp_path):
     if 'force' in b: assert abs(a['force'].mean() - b['force'][:n].mean()) < 4*b['force'][:n].std()/n**0.5*10**0.5
 
 
-@pytest.mark.parametrize('name', ['villin_go', 'bba_go'])
+@pytest.mark.parametrize('name', [pytest.param('villin_go', marks=pytest.mark.slow), 'bba_go'])
 def test_a_prefix_of_the_structure_based_sets(name, tmp_path):
     "Burn-in and three frames; where the arithmetic differs, energies and bonds of the same law."
-    d, model = data.fetch(name, progress=False), simulation.shipped_model(name)
+    d, model = data.fetch(name, progress=False), go.shipped_model(name)
     steps = round(d.frame_spacing_ps/model.time_step)
-    new = md.load(str(simulation.simulate(model, tmp_path/'a.xtc', 3, steps, seed=1, burn_in=200, progress=False)),
+    new = md.load(str(engine.simulate(model, tmp_path/'a.xtc', 3, steps, seed=1, burn_in=200, progress=False)),
                   top=model.native).xyz
     old = md.load(str(d.trajectories[0]), top=model.native).xyz
     if (new == old[:3]).all(): return
-    e, law = (simulation.energies(model, x).sum(axis=1) for x in (new, old[::100]))
+    e, law = (go.energies(model, x).sum(axis=1) for x in (new, old[::100]))
     assert law.min() - 4*law.std() < e.min() and e.max() < law.max() + 4*law.std()
-    bonds = np.linalg.norm(np.diff(new, axis=1), axis=2) - simulation.internal_coordinates(model.xyz)[0]
-    assert abs(bonds.var()*model.bond_constant/(simulation.BOLTZMANN*model.temperature) - 1) < 6*(2/bonds.size)**0.5
+    bonds = np.linalg.norm(np.diff(new, axis=1), axis=2) - go.internal_coordinates(model.xyz)[0]
+    assert abs(bonds.var()*model.bond_constant/(base.BOLTZMANN*model.temperature) - 1) < 6*(2/bonds.size)**0.5
 
 
 def test_molecules_that_ship_are_what_the_commands_build(tmp_path):

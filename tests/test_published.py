@@ -1,6 +1,9 @@
-"The published propagator: each mend of the paper has a test that the paper's version fails, and files, seeds and errors behave."
-import json
+"The published propagator: each mend of the paper has a test that the paper's version fails; files, seeds, errors."
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mdtraj as md
 import numpy as np
@@ -9,11 +12,13 @@ import torch
 from torch import nn
 
 from foldbook.data import shipped_directory
-from foldbook.published import (PAPER, Drift, Motion, Options, Published, as_motion, delta_rmsd, fill_up,
-    load_published, log_loss, noise_calibration, rmsd_profile, rollout, score_controls, sentences,
+from foldbook.published import (PAPER, Drift, PublishedOptions, as_motion, delta_rmsd, fill_up, load_published,
+                                log_loss, noise_calibration, rmsd_profile, rollout, score_controls, sentences,
                                 single_chains, step_errors, train)
-from foldbook.structures import build_chain
-from foldbook.tree import add_positions, euler_angles, euler_axes, from_paper_tokens, read_tree, reconstruction_error, to_cartesian, to_internal
+from foldbook.molecules import build_chain
+from foldbook.tokens import add_positions, euler_angles, euler_axes
+from foldbook.tree import read_tree, to_cartesian
+from foldbook.rebuilding import reconstruction_error
 
 SMALL = dict(hidden=16, feedforward=16, heads=2, layers=1)
 
@@ -36,53 +41,63 @@ def bombyxin():
 
 
 @pytest.fixture(scope='module')
-def complex_(bombyxin): return as_motion(bombyxin, '1bom', width=12)
+def complex_(bombyxin): return as_motion([bombyxin], width=12)
+
+
+def two_peptides():
+    return {'short': as_motion([wiggling('GASV')], width=12), 'long': as_motion([wiggling('KLEDRW', seed=1)], width=12)}
 
 
 @pytest.fixture(scope='module')
-def peptides():
-    return [as_motion(wiggling('GASV'), 'short', width=12), as_motion(wiggling('KLEDRW', seed=1), 'long', width=12)]
+def peptides(): return two_peptides()
 
 
 @pytest.fixture(scope='module')
 def fitted(peptides):
-    return train(peptides, Options(**SMALL, max_epochs=8, steps_per_epoch=25, learning_rate=5e-3, progress=False))
+    return train(peptides, PublishedOptions(**SMALL, max_epochs=6, steps_per_epoch=20, learning_rate=5e-3),
+                 progress=False)
+
+
+def place(motion): # places and mask of one molecule in a batch
+    return motion.code.places.float()[None], motion.code.mask[None]
 
 
 # tokens
 
 def test_a_motion_comes_back(bombyxin, complex_):
-    x = complex_.xyz
-    error = reconstruction_error(complex_.tree, np.asarray(complex_.tree.coordinates(bombyxin)), x)
+    tree = complex_.tree
+    error = reconstruction_error(tree, np.asarray(tree.coordinates(bombyxin)), complex_.positions().numpy())
     assert error['backbone'].max() < 0.03 and error['heavy'].max() < 0.05 # nm; bonds that shake are constants here
-    assert complex_.angles.shape == (40, int(complex_.tree.mask.sum()))
-    assert complex_.tokens.dtype == torch.float32 and len(complex_[5:9]) == 4
+    assert complex_.angles[0].shape == (40, int(tree.mask.sum())) and complex_.torsions[0].shape[1] < tree.mask.sum()
+    assert complex_.series[0].dtype == torch.float32 and len(complex_[5:9]) == 4
 
 
 def test_tumbling_is_taken_out(bombyxin):
     turned = bombyxin[:]
     for i, a in enumerate(np.linspace(0, 3, len(turned))):
-        turned.xyz[i] = turned.xyz[i] @ np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]],
-                                                 np.float32) + i
-    a, b = (as_motion(t, 'x', width=12).tokens for t in (bombyxin, turned))
+        R = np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]], np.float32)
+        turned.xyz[i] = turned.xyz[i] @ R + i
+    a, b = (as_motion([t], width=12).series[0] for t in (bombyxin, turned))
     assert (a - b).abs().max() < 1e-3
 
 
 def test_two_angles_do_not_place_a_chain(complex_):
     "Item 2: with the third angle dropped, as under Eq. 2, the second chain stands elsewhere."
-    internals = complex_[:1].internals
-    dropped = internals._replace(axes=euler_axes(euler_angles(internals.axes)*torch.tensor([1., 1., 0.])))
-    three, two = (to_cartesian(complex_.tree, i)
-                  for i in (internals._replace(axes=euler_axes(euler_angles(internals.axes))), dropped))
-    assert np.abs(np.asarray(three) - complex_[:1].xyz).max() < 1e-5
-    assert reconstruction_error(complex_.tree, complex_[:1].xyz, two)['backbone'][0] > 0.2 # nm
+    first = complex_[:1]
+    internals, xyz = first.code.internals(first.series[0]), first.positions().numpy()
+    angles = euler_angles(internals.axes)
+    whole, dropped = (internals._replace(axes=euler_axes(angles*torch.tensor(keep))) for keep in ([1., 1., 1.],
+                                                                                                  [1., 1., 0.]))
+    three, two = (to_cartesian(complex_.tree, i) for i in (whole, dropped))
+    assert np.abs(np.asarray(three) - xyz).max() < 1e-5
+    assert reconstruction_error(complex_.tree, xyz, two)['backbone'][0] > 0.2 # nm
 
 
 def test_virtual_chains_are_the_chains(bombyxin):
     parts = single_chains(bombyxin, '1bom')
     assert list(parts) == ['1bom A', '1bom B'] and [p.topology.n_residues for p in parts.values()] == [20, 28]
-    b = as_motion(parts['1bom B'], '1bom B', width=12)
-    assert len(b.tree.segments) == 1 and b.mask[:2, 3:12].sum() == 0
+    b = as_motion([parts['1bom B']], width=12)
+    assert len(b.tree.segments) == 1 and b.code.mask[:2, 3:12].sum() == 0
     with pytest.raises(ValueError, match='one chain only'): single_chains(parts['1bom A'], 'A')
 
 
@@ -90,25 +105,24 @@ def test_virtual_chains_are_the_chains(bombyxin):
 
 def test_padding_changes_nothing(peptides):
     torch.manual_seed(0)
-    drift, both = Drift(12, **SMALL).eval(), sentences(peptides)
-    n = both.mask.shape[1]
-    batch = torch.stack([fill_up(m.tokens[3], n) for m in peptides])
-    together = drift(batch, *both.of(torch.tensor([0, 1])))
-    for i, m in enumerate(peptides):
-        alone = drift(m.tokens[3:4], m.positions.float()[None], m.mask[None])
-        assert torch.allclose(together[i, :len(m.mask)], alone[0], atol=1e-6)
-        assert not together[i, len(m.mask):].any()
-    unguarded = drift(batch, both.positions, both.mask)
-    assert not torch.allclose(unguarded[0, :len(peptides[0].mask)], together[0, :len(peptides[0].mask)], atol=1e-6)
+    motions = list(peptides.values())
+    drift, both = Drift(12, **SMALL).eval(), sentences([m.code for m in motions])
+    batch = torch.stack([fill_up(m.series[0][3], both.mask.shape[1]) for m in motions])
+    together, unguarded = drift(batch, *both.of(torch.tensor([0, 1]))), drift(batch, both.places, both.mask)
+    for i, m in enumerate(motions):
+        n, alone = len(m.code.mask), drift(m.series[0][3:4], *place(m))
+        assert torch.allclose(together[i, :n], alone[0], atol=1e-6)
+        assert not together[i, n:].any()
+    n = len(motions[0].code.mask)
+    assert not torch.allclose(unguarded[0, :n], together[0, :n], atol=1e-6)
 
 
 def test_every_step_is_a_matrix_of_tokens(complex_):
     torch.manual_seed(1)
     drift = Drift(12, **SMALL).eval()
-    y = add_positions(drift(complex_.tokens[:4], complex_.positions.float()[None], complex_.mask[None]),
-                      -complex_.positions.float())
+    y = add_positions(drift(complex_.series[0][:4], *place(complex_)), -complex_.code.places.float())
     cos, sin = y.chunk(2, 2)
-    assert torch.allclose((cos**2 + sin**2), complex_.mask[None, :, :12].float().expand_as(cos), atol=1e-5)
+    assert torch.allclose((cos**2 + sin**2), complex_.code.mask[None, :, :12].float().expand_as(cos), atol=1e-5)
     assert (sin[:, 0] >= 0).all()
 
 
@@ -120,22 +134,23 @@ def paper_normalised(y, mask): # N_theta of Eq. 13 as printed, then M
 
 def test_the_paper_divides_zero_by_zero_and_leaves_the_manifold(complex_):
     "The mask comes first, and the partner of an origin is clamped."
-    y = add_positions(complex_.tokens[:1], -complex_.positions.float()).clone()
+    code, tokens = complex_.code, complex_.series[0][:1]
+    y = add_positions(tokens, -code.places.float()).clone()
     y[:, 0, 12:15] *= -1 # a negative partner, as D_E may write it
-    printed = paper_normalised(y, complex_.mask)
+    printed = paper_normalised(y, code.mask)
     assert printed.isnan().any() and (printed[:, 0, 12:15] < 0).all()
 
     class Writes(nn.Module): # stands for the dense networks
         def forward(self, x, src_key_padding_mask=None): return x
     drift = Drift(12, **SMALL)
     drift.before, drift.layers, drift.after = nn.Identity(), Writes(), nn.Identity()
-    out = drift(add_positions(y, complex_.positions.float()), complex_.positions.float()[None], complex_.mask[None])
-    assert out.isfinite().all() and torch.allclose(out, complex_.tokens[:1], atol=1e-5)
+    out = drift(add_positions(y, code.places.float()), *place(complex_))
+    assert out.isfinite().all() and torch.allclose(out, tokens, atol=1e-5)
 
 
 def test_gradients_are_finite_on_the_clamped_and_the_padded(peptides):
-    drift, both = Drift(12, **SMALL), sentences(peptides)
-    windows = torch.stack([fill_up(m.tokens[:4], both.mask.shape[1]) for m in peptides])
+    drift, both = Drift(12, **SMALL), sentences([m.code for m in peptides.values()])
+    windows = torch.stack([fill_up(m.series[0][:4], both.mask.shape[1]) for m in peptides.values()])
     log_loss(step_errors(drift, windows, *both.of(torch.tensor([0, 1]))), torch.tensor([0, 1])).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in drift.parameters())
 
@@ -150,40 +165,41 @@ class Shifted(nn.Module): # a drift that is wrong by a known amount in every ent
     def __init__(self, by):
         super().__init__()
         self.by = nn.Parameter(torch.tensor(by))
-    def forward(self, tokens, positions, mask, padding=None): return tokens + self.by*mask
+    def forward(self, tokens, places, mask, padding=None): return tokens + self.by*mask
 
 
-def still(motion, n=3): return motion.tokens[:1].expand(n, -1, -1)[None]
+def still(motion, n=3): return motion.series[0][:1].expand(n, -1, -1)[None]
 
 
 def test_errors_are_per_entry_and_over_steps(peptides):
-    m = peptides[1]
-    e = step_errors(Shifted(0.1), still(m), m.positions[None], m.mask[None])
+    m = peptides['long']
+    e = step_errors(Shifted(0.1), still(m), *place(m))
     assert float(e.detach()) == pytest.approx((0.1**2 + 0.2**2)/2, rel=1e-4)
 
 
 def test_short_rows_count_by_what_they_have(peptides):
     "Item 8: a mean over the whole matrix depends on how wide and how long the padding is."
-    def paper(drift, w, positions, mask): return (drift(w[:, 0], positions, mask) - w[:, 1]).square().mean()
+    def paper(drift, w, places, mask): return (drift(w[:, 0], places, mask) - w[:, 1]).square().mean()
     for by in (0.1, 0.3):
         ours, printed = [], []
         for width in (12, 20):
-            m = as_motion(wiggling('GASV'), 'short', width=width)
-            w = fill_up(still(m, 2), 40 if width == 20 else len(m.mask))
-            place = [fill_up(x, w.shape[2])[None] for x in (m.positions, m.mask)]
-            ours.append(float(step_errors(Shifted(by), w, *place).detach()))
-            printed.append(float(paper(Shifted(by), w, *place).detach()))
+            m = as_motion([wiggling('GASV')], width=width)
+            w = fill_up(still(m, 2), 40 if width == 20 else len(m.code.mask))
+            rows = [fill_up(x, w.shape[2]) for x in place(m)]
+            ours.append(float(step_errors(Shifted(by), w, *rows).detach()))
+            printed.append(float(paper(Shifted(by), w, *rows).detach()))
         assert ours[0] == pytest.approx(ours[1], rel=1e-4) and printed[0] > 3*printed[1]
 
 
 def test_the_logarithm_has_a_floor(peptides):
     "Item 8: Eq. 12 is minus infinity at a perfect prediction, and its gradient is no number."
-    m, drift = peptides[0], Shifted(0.0)
-    e = step_errors(drift, still(m), m.positions[None], m.mask[None])
+    m, drift = peptides['short'], Shifted(0.0)
+    e = step_errors(drift, still(m), *place(m))
     loss = log_loss(e, torch.zeros(1, dtype=int))
     loss.backward()
     assert loss.isfinite() and drift.by.grad.isfinite() and loss.item() == pytest.approx(np.log(1e-6))
-    printed = step_errors(drift := Shifted(0.0), still(m), m.positions[None], m.mask[None]).mean().log()
+    drift = Shifted(0.0)
+    printed = step_errors(drift, still(m), *place(m)).mean().log()
     printed.backward()
     assert not printed.isfinite() and not drift.by.grad.isfinite()
 
@@ -228,77 +244,96 @@ def test_noise_is_carried_on(fitted, peptides):
         def __init__(self):
             super().__init__()
             self.drop, self.w = nn.Dropout(0.0), nn.Parameter(torch.zeros(1))
-        def forward(self, tokens, positions, mask, padding=None):
-            turn = self.drop(torch.ones(tokens.shape[0], 1, positions.shape[-1])) - 1
-            return add_positions(tokens, 0.01*turn.expand_as(positions))
-    walker, m = replace(fitted, drift=Carries()), peptides[0]
-    rolls = rollout(walker, m, 41, [0]*300, dropout=0.5, seed=3)
-    spread = np.array([r.angles[:, 0] for r in rolls]).std(0)
+        def forward(self, tokens, places, mask, padding=None):
+            turn = self.drop(torch.ones(tokens.shape[0], 1, places.shape[-1])) - 1
+            return add_positions(tokens, 0.01*turn.expand_as(places))
+    walker, m = replace(fitted, drift=Carries()), peptides['short']
+    rolls = rollout(walker, 'short', m, 41, [0]*300, dropout=0.5, seed=3)
+    spread = np.array([a[:, 0] for a in rolls.angles]).std(0)
     assert spread[40]/spread[1] == pytest.approx(np.sqrt(40), rel=0.15)
 
     def paper(n): # F^i, then the noise of one step
-        end = rollout(walker, m, n, [0]*300)[0].tokens[-1:]
-        return np.array([r.angles[1, 0] for r in rollout(walker, replace(m, tokens=end), 2, [0]*300, dropout=0.5,
-                                                         seed=3)]).std()
+        end = replace(m, series=[rollout(walker, 'short', m, n)[-1:].series[0]])
+        return np.array([a[1, 0] for a in rollout(walker, 'short', end, 2, [0]*300, dropout=0.5, seed=3).angles]).std()
     assert paper(41) == pytest.approx(paper(2), rel=0.15)
 
 
 def test_dropout_is_not_the_noise_of_the_data(fitted, peptides):
     "Item 7: it is set by the rate and the activations; heating the data does not change it."
-    table = noise_calibration(fitted, peptides[0], rates=(1e-4, 1e-2, 0.2), n_frames=20, passes=3)
+    cold, code = peptides['short'], peptides['short'].code
+    table = noise_calibration(fitted, 'short', cold, rates=(1e-4, 1e-2, 0.2), n_frames=20, passes=3)
     assert table.noise.is_monotonic_increasing and table['needed'].nunique() == 1
-    cold = peptides[0]
     rng = np.random.default_rng(5)
-    angle = torch.tensor(rng.normal(0, 0.3, (len(cold), *cold.positions.shape))*cold.mask[:, :12].numpy())
-    hot = replace(cold, tokens=add_positions(cold.tokens.double(), angle).float())
-    after = noise_calibration(fitted, hot, rates=(0.2,), n_frames=20, passes=3)
+    angle = torch.tensor(rng.normal(0, 0.3, (len(cold), *code.places.shape))*code.mask[:, :12].numpy())
+    hot = replace(cold, series=[add_positions(cold.series[0].double(), angle).float()])
+    after = noise_calibration(fitted, 'short', hot, rates=(0.2,), n_frames=20, passes=3)
     assert after['needed'][0] > 2*table['needed'][0] and after.noise[0] < 1.5*table.noise[2]
 
 
 def test_rollouts_repeat_and_stand_side_by_side(fitted, peptides):
-    m = peptides[0]
-    a, b = (rollout(fitted, m, 6, [0, 7], dropout=0.2, seed=4) for _ in range(2))
-    assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(a, b))
-    assert not torch.equal(a[0].tokens, rollout(fitted, m, 6, [0, 7], dropout=0.2, seed=5)[0].tokens)
-    single = rollout(fitted, m, 6, 7)[0]
-    assert torch.allclose(rollout(fitted, m, 6, [0, 7])[1].tokens, single.tokens,
-                          atol=1e-6) and torch.equal(single.tokens[0], m.tokens[7])
+    made = lambda start, **kw: rollout(fitted, 'short', peptides['short'], 6, start, **kw).series
+    a, b = (made([0, 7], dropout=0.2, seed=4) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert not torch.equal(a[0], made([0, 7], dropout=0.2, seed=5)[0])
+    single = made(7)[0]
+    assert torch.allclose(made([0, 7])[1], single, atol=1e-6)
+    assert torch.equal(single[0], peptides['short'].series[0][7])
     state = torch.get_rng_state()
-    rollout(fitted, m, 3, dropout=0.1)
+    made(0, dropout=0.1)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_rollouts_leave_the_drift_as_it_was(fitted, peptides):
     layer = fitted.drift.layers.layers[0]
-    rollout(fitted, peptides[0], 3, dropout=0.3)
+    rollout(fitted, 'short', peptides['short'], 3, dropout=0.3)
     assert not fitted.drift.training and layer.dropout.p == 0.0 and layer.self_attn.dropout == 0.0
     train_rate = Drift(12, **SMALL, dropout=0.1)
-    rollout(replace(fitted, drift=train_rate), peptides[0], 3, dropout=0.3)
+    rollout(replace(fitted, drift=train_rate), 'short', peptides['short'], 3, dropout=0.3)
     assert train_rate.layers.layers[0].dropout.p == 0.1 and train_rate.layers.layers[0].self_attn.dropout == 0.1
 
 
 def test_a_run_without_dropout_is_the_drift(fitted, peptides):
-    m = peptides[1]
-    made = rollout(fitted, m, 3, 5)[0].tokens
-    with torch.no_grad(): one = fitted.drift(m.tokens[5:6], m.positions.float()[None], m.mask[None])
+    m = peptides['long']
+    made = rollout(fitted, 'long', m, 3, 5).series[0]
+    with torch.no_grad(): one = fitted.drift(m.series[0][5:6], *place(m))
     assert torch.allclose(made[1], one[0], atol=1e-6)
 
 
 # training
 
-def test_training_learns_repeats_and_keeps_the_best(peptides):
-    o = Options(**SMALL, max_epochs=4, steps_per_epoch=10, progress=False)
-    a, b = train(peptides, o), train(peptides, o)
-    assert [h['train'] for h in a.history] == [h['train'] for h in b.history]
-    assert all(torch.equal(x, y) for x, y in zip(a.drift.parameters(), b.drift.parameters()))
-    assert a.history[-1]['train'] < a.history[0]['train'] - 0.2
-    assert train(peptides, replace(o, seed=1)).history[0]['train'] != a.history[0]['train']
+BRIEF = PublishedOptions(**SMALL, max_epochs=4, steps_per_epoch=10, learning_rate=5e-3, dropout=0.1)
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_published import BRIEF, two_peptides
+from foldbook.published import Drift, train
+forward, calls = Drift.forward, []
+def dies(*args):
+    calls.append(1)
+    if len(calls) == 4*25: os.kill(os.getpid(), signal.SIGKILL) # four steps ahead, in the third epoch
+    return forward(*args)
+Drift.forward = dies
+train(two_peptides(), BRIEF, {directory!r}, progress=False)
+"""
+
+
+def test_training_learns_repeats_and_resumes_after_a_kill(peptides, tmp_path):
+    code = KILLED.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    child = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ['published.ckpt']
+    straight, resumed = train(peptides, BRIEF, progress=False), train(peptides, BRIEF, tmp_path, progress=False)
+    assert straight.history == resumed.history and len(straight.history) == 4
+    assert all(torch.equal(x, y) for x, y in zip(straight.drift.parameters(), resumed.drift.parameters()))
+    assert straight.history[-1]['train'] < straight.history[0]['train'] - 0.2
+    with pytest.raises(ValueError, match='belongs to another training or other data'):
+        train(peptides, replace(BRIEF, seed=1), tmp_path, progress=False)
 
 
 def test_the_rate_falls_on_a_plateau(peptides):
     "Of a loss below zero, torch's default calls what is slightly worse an improvement, and the rate would stay."
-    made = train(peptides, Options(**SMALL, max_epochs=30, steps_per_epoch=1, learning_rate=0.3, patience=1,
-                                   progress=False)).history
+    options = PublishedOptions(**SMALL, max_epochs=30, steps_per_epoch=1, learning_rate=0.3, patience=1)
+    made = train(peptides, options, progress=False).history
     assert made[0]['rate'] == 0.3 and made[-1]['rate'] < 0.3 and len(made) < 30
     assert made[-1]['validation'] < 0
     default = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3),
@@ -308,42 +343,41 @@ def test_the_rate_falls_on_a_plateau(peptides):
 
 
 def test_save_and_load(tmp_path, fitted, peptides):
-    fitted.save(tmp_path/'model')
-    again = load_published(tmp_path/'model')
+    again = load_published(fitted.save(tmp_path/'model'))
     assert again.proteins == ['short', 'long'] and again.options == fitted.options and again.history == fitted.history
-    assert torch.equal(rollout(again, peptides[0], 4)[0].tokens, rollout(fitted, peptides[0], 4)[0].tokens)
+    a, b = (rollout(p, 'short', peptides['short'], 4).series[0] for p in (again, fitted))
+    assert torch.equal(a, b)
     assert sorted(p.name for p in (tmp_path/'model').iterdir()) == ['published.json', 'published.safetensors']
-    json.loads((tmp_path/'model'/'published.json').read_text())
     with pytest.raises(FileNotFoundError, match='has no published.json'): load_published(tmp_path)
 
 
 # what goes wrong is said
 
 def test_errors_say_what_to_do(fitted, peptides, complex_):
-    short, long = peptides
-    few = dict(options=Options(**SMALL, progress=False))
-    with pytest.raises(ValueError, match='the list is empty'): train([])
-    with pytest.raises(ValueError, match='frames are 1 ps apart and those of slow 2 ps'):
-        train([replace(short, name='slow', spacing=2.0), long], **few)
-    with pytest.raises(ValueError, match='short is there twice'): train([short, short], **few)
-    with pytest.raises(ValueError, match='tokens are 40 wide and those of short 24'):
-        train([short, as_motion(wiggling('GG'), 'wide', width=20)], **few)
+    short, long = peptides.values()
+    few = dict(options=PublishedOptions(**SMALL), progress=False)
+    with pytest.raises(ValueError, match='no protein to learn from'): train({})
+    with pytest.raises(ValueError, match='long: frames are 1 ps apart and those of slow 2 ps'):
+        train(dict(slow=replace(short, step=2.0), long=long), **few)
+    with pytest.raises(ValueError, match='wide: tokens are 40 wide and those of short 24'):
+        train(dict(short=short, wide=as_motion([wiggling('GG')], width=20)), **few)
     with pytest.raises(ValueError, match='12 frames leave none to learn from; 25 are needed'):
-        train([short[:12]], **few)
+        train(dict(short=short[:12]), **few)
     with pytest.raises(ValueError, match='heads=5 does not divide the 24'):
-        train([short], Options(heads=5, progress=False))
-    with pytest.raises(ValueError, match='max_epochs=0; it must be at least 1'): Options(max_epochs=0)
-    with pytest.raises(ValueError, match='share of each trajectory'): Options(validation=1.0)
-    with pytest.raises(ValueError, match='1bom was not trained on, only short, long'): rollout(fitted, complex_, 3)
-    assert len(rollout(fitted, complex_, 3, unseen=True)[0]) == 3
+        train(dict(short=short), PublishedOptions(heads=5))
+    with pytest.raises(ValueError, match='max_epochs=0; it must be at least 1'): PublishedOptions(max_epochs=0)
+    with pytest.raises(ValueError, match='share of each trajectory'): PublishedOptions(validation=1.0)
+    with pytest.raises(ValueError, match='1bom was not trained on, only short, long'):
+        rollout(fitted, '1bom', complex_, 3)
+    assert len(rollout(fitted, '1bom', complex_, 3, unseen=True)) == 3
     with pytest.raises(ValueError, match='40 wide and the propagator has 24'):
-        rollout(fitted, as_motion(wiggling('GASV'), 'short', width=20), 3)
+        rollout(fitted, 'short', as_motion([wiggling('GASV')], width=20), 3)
     with pytest.raises(ValueError, match='2 ps apart and the propagator steps 1 ps'):
-        rollout(fitted, replace(short, spacing=2.0), 3)
-    with pytest.raises(ValueError, match='L is 5'): as_motion(wiggling('GASV'), 'x', width=5)
+        rollout(fitted, 'short', replace(short, step=2.0), 3)
+    with pytest.raises(ValueError, match='L is 5'): as_motion([wiggling('GASV')], width=5)
     gap = wiggling('GASV')
     gap.time = np.r_[gap.time[:30], gap.time[30:] + 7]
-    with pytest.raises(ValueError, match='frames are 1 to 8 ps apart'): as_motion(gap, 'x')
+    with pytest.raises(ValueError, match='frames are 1 to 8 ps apart'): as_motion([gap])
 
 
 # the published score
@@ -352,8 +386,8 @@ def test_profiles_of_a_complex(complex_):
     p = rmsd_profile(complex_)
     assert list(p) == ['total', 'chain A', 'chain B'] and all(v[0] < 1e-3 and len(v) == 40 for v in p.values())
     assert delta_rmsd(p, p) == {k: 0.0 for k in p}
-    assert list(rmsd_profile(complex_, complex_.xyz[3])) == list(p) and rmsd_profile(complex_,
-                                                                                     complex_.xyz[3])['total'][3] < 1e-3
+    third = rmsd_profile(complex_, complex_[3:4].positions()[0])
+    assert list(third) == list(p) and third['total'][3] < 1e-3
 
 
 def test_eq_14_rewards_no_motion():
@@ -365,5 +399,5 @@ def test_eq_14_rewards_no_motion():
     assert score['constant at the mean'] == pytest.approx(0.798*sigma, rel=0.02)
     assert score['frozen frame'] == pytest.approx(1.128*sigma, rel=0.1)
     assert score['independent MD'] == pytest.approx(1.128*sigma, rel=0.02)
-    assert delta_rmsd(dict(total=np.full(40_000, 0.3)), dict(total=b))['total'] < delta_rmsd(dict(total=a),
-                                                                                             dict(total=b))['total']
+    still, moving = (delta_rmsd(dict(total=x), dict(total=b))['total'] for x in (np.full(40_000, 0.3), a))
+    assert still < moving

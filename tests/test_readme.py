@@ -17,11 +17,24 @@ COMMANDS = [line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```
 
 
 def test_leaderboard_is_that_of_the_run():
-    from foldbook.evaluate import markdown_table
+    from foldbook.report import markdown_table
     board = json.loads((ROOT/'data'/'leaderboard_villin_go.json').read_text())
     written = README.split('<!-- leaderboard:start -->')[1].split('<!-- leaderboard:end -->')[0]
     assert markdown_table(board['rows']) in written and board['headline'] in written
     assert len(board['rows']) >= 8
+
+
+@pytest.mark.slow
+def test_seed_0_of_the_leaderboard_comes_out_again(tmp_path):
+    "The whole main job: every number of its table is the stored one of the first of five seeds."
+    from foldbook.config import Config
+    from foldbook.runs import run
+    table = run(Config(), tmp_path/'run').set_index('coordinate')
+    stored = {r['coordinate']: r for r in json.loads((ROOT/'data'/'leaderboard_villin_go.json').read_text())['rows']}
+    assert set(table.index) == set(stored)
+    for name, row in stored.items():
+        first = {k: row[f'{k}_seeds'][0] for k in ('t_max', 'log_loss', 'auc', 'rmse')}
+        np.testing.assert_allclose([table.loc[name, k] for k in first], list(first.values()), rtol=1e-3, err_msg=name)
 
 
 def test_a_fresh_clone_can_run():
@@ -63,7 +76,8 @@ def own_files(tmp_path):
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('foldbook')])
 def test_commands_on_own_trajectories(command, own_files):
     program, *arguments = shlex.split(command)
-    quick = ['--quick'] if arguments[0] == 'run' else []
+    quick = []
+    if arguments[0] == 'run': quick = '--quick --students mlp:martingale --baselines none --workers 1'.split()
     done = subprocess.run([Path(sys.executable).parent/program, *arguments, *quick], cwd=own_files, capture_output=True,
                           text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,16 +1,19 @@
-"Every format of the register, made small, served by a local server, loaded: whole, cut, with a wrong checksum, missing, and after a broken line."
-import bz2, io, pickle, tarfile, zipfile
+"""Every format of the register, made small, served by a local server, loaded: whole, cut, with a wrong checksum,
+missing, and after a broken line."""
+import bz2
+import io
+import tarfile
+import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import mdtraj as md
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
 
 import foldbook.data as fd
 import foldbook.sources as fs
+from foldbook.frames import DamagedFile, ca_chain
 from test_data import Answer, Server, leftovers, sha
 
 RNG = np.random.default_rng(1)
@@ -53,7 +56,7 @@ def saved(t, suffix, tmp): # a trajectory as bytes
     return path.read_bytes()
 
 
-def chain(n=10, frames=30): return md.Trajectory(X[:frames, :n], fs.ca_chain(CLN[:n]), time=np.arange(frames))
+def chain(n=10, frames=30): return md.Trajectory(X[:frames, :n], ca_chain(CLN[:n]), time=np.arange(frames))
 
 
 def mdcath(tmp, runs=((348, 3),), **change):
@@ -134,22 +137,22 @@ def check_mdcath(got):
 
 def check_hp35(got):
     d, c = got['dihedrals'], got['distances']
+    assert d.spacing_ps == c.spacing_ps == 200.
     close(d.values[0], ANGLES.astype(np.float32)), close(c.values[0], GAPS.astype(np.float32))
-    assert d.features.names[:3] == ('phi2', 'psi2',
-                                    'phi3') and d.features.names[-1] == 'psi34' and set(d.features.units) == {'rad'}
-    assert c.features.names == ('d_3_7', 'd_9_32') and c.features.units == ('nm', 'nm') and c.spacing_ps == 200.
+    assert d.names[:3] == ('phi2', 'psi2', 'phi3') and d.names[-1] == 'psi34' and set(d.units) == {'rad'}
+    assert c.names == ('d_3_7', 'd_9_32') and c.units == ('nm', 'nm')
 
 
 def check_rmsd(got): close(got.values[0], GAPS[:, :1].astype(np.float32)), close(got.spacing_ps, 200.)
 
 
 def check_dihedrals(got):
-    assert [v.shape for v in got.values] == [(40, 2), (7, 2), (9, 2)] and got.features.names == ('phi',
-        'psi') and got.features.units == ('rad', 'rad')
+    assert [v.shape for v in got.values] == [(40, 2), (7, 2), (9, 2)]
+    assert got.names == ('phi', 'psi') and got.units == ('rad', 'rad')
     close(got.values[2], ANGLES[:9, :2])
 
 
-def check_wells(got): assert got.features.units == ('', '') and len(got.values) == 1 and got.values[0].shape == (40, 2)
+def check_wells(got): assert got.units == ('', '') and len(got) == 1 and got.values[0].shape == (40, 2)
 
 
 def check_structures(*names):
@@ -221,7 +224,7 @@ def test_wrong_checksum(load, tmp_path, name):
 def test_broken_line_goes_on(web, tmp_path, name):
     d = served(web, name, tmp_path)
     files = web.files
-    for k, f in enumerate(d.files): # each file breaks once
+    for f in d.files: # each file breaks once
         files[f'/{f.name}'].cut = len(files[f'/{f.name}'].body)//2
         with pytest.raises(ConnectionError, match='calling this again goes on'): fs.load(d, False, tmp_path/'cache')
         files[f'/{f.name}'].cut = None
@@ -250,14 +253,6 @@ def test_cut_file_is_named(load, tmp_path, name, file, part):
     with pytest.raises(ValueError, match=file): load(name, {file: body[:int(part*len(body))]})
 
 
-@settings(deadline=None, max_examples=30)
-@given(cut=st.integers(0, 10*30*3*4 + 127))
-def test_npy_cut_anywhere_is_refused(tmp_path_factory, cut):
-    path = tmp_path_factory.mktemp('npy')/'a.npy'
-    path.write_bytes(npy(X.reshape(30, 30)[:, :30])[:cut])
-    with pytest.raises(ValueError, match='a.npy: cannot be read'): fs._npy(path)
-
-
 @pytest.mark.parametrize('name, files, why', [
     ('majewski_chignolin_ca', {'chignolin_ca_forces.npy': npy(F[:29])}, r'forces.npy: has shape \(29, 10, 3\), but '
      r'the positions have \(30, 10, 3\)'),
@@ -278,7 +273,7 @@ def test_npy_cut_anywhere_is_refused(tmp_path_factory, cut):
      'has shape'),
     ('ala2_forces', {'alanine-dipeptide-1Mx1ps-with-force.npz': npz(coordinates=X[:, :9], forces=F[:, :9])},
      'al2.pdb: names 10 atoms, but the positions have 9'),
-    ('ala2_forces', {'al2.pdb': b'no structure'}, 'al2.pdb: cannot be read'),
+    ('ala2_forces', {'al2.pdb': b'no structure'}, 'al2.pdb: no topology can be read'),
     ('ala2_dihedrals', {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(other=X)}, 'dihedrals.npz: cannot be '
      'read:.*trajectory'),
     ('ala2_dihedrals', {'alanine-dipeptide-3x250ns-backbone-dihedrals.npz': npz(ANGLES[:, :2], ANGLES[:, 0])},
@@ -298,7 +293,7 @@ def test_npy_cut_anywhere_is_refused(tmp_path_factory, cut):
     ('villin_rmsd', {'2f4k.CArmsd': b'1 2.5\n\n3 2.6\n'}, '2f4k.CArmsd: cannot be read'),
     ('villin_rmsd', {'2f4k.CArmsd': b'1 nan\n'}, '2f4k.CArmsd: has no lines, or'),
     ('villin_rmsd', {'2f4k.CArmsd': b'404: Not Found\n'}, '2f4k.CArmsd: cannot be read'),
-    ('pdb:2F4K', {'2F4K.pdb': b'<html>'}, '2F4K.pdb: cannot be read'),
+    ('pdb:2F4K', {'2F4K.pdb': b'<html>'}, '2F4K.pdb: no topology can be read'),
     ('ala2_msmbuilder', {'ala2_msmbuilder.zip': zipped({'README': b''})}, None)])
 def test_bad_content_is_named(load, name, files, why):
     with pytest.raises(ValueError if why else FileNotFoundError, match=why or f'data set {name!r}'): load(name, files)
@@ -333,27 +328,6 @@ def test_text_of_another_molecule_is_not_taken(load, tmp_path):
                                                                                       b'TER       5  ')})
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.slices(30), st.floats(1e-3, 1e3))
-def test_a_part_is_the_part(tmp_path_factory, part, factor):
-    "Slicing and converting commute, whatever the slice, also in another process."
-    path = tmp_path_factory.mktemp('disk')/'a.npy'
-    np.save(path, X)
-    lazy = fs._npy(path, factor)
-    np.testing.assert_allclose(lazy[part], X[part]*factor, rtol=1e-5)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(lazy))[part], lazy[part])
-    assert lazy.shape == X.shape and len(lazy) == 30 and lazy[part].dtype == np.float32
-
-
-def test_many_files_stay_closed(tmp_path):
-    "A thousand promises of files that are not held open."
-    np.save(tmp_path/'a.npy', X)
-    before = len(list(Path('/proc/self/fd').iterdir())) if Path('/proc/self/fd').exists() else 0
-    lazy = [fs._npy(tmp_path/'a.npy') for _ in range(1000)]
-    after = len(list(Path('/proc/self/fd').iterdir())) if before else 0
-    assert after - before < 20 and len(lazy) == 1000
-
-
 def test_stride_and_atoms(load):
     whole = load('ala2_msmbuilder')
     thin = load('ala2_msmbuilder', stride=7, atoms='resid 2 5')
@@ -363,7 +337,7 @@ def test_stride_and_atoms(load):
 
 def test_damaged_trajectory_is_named(load, tmp_path):
     files = {'t-0.dcd': saved(chain(), 'dcd', tmp_path)[:-40], 'ala2.pdb': saved(chain(frames=1), 'pdb', tmp_path)}
-    with pytest.raises(fd.DamagedFile, match='t-0.dcd: frame 29'):
+    with pytest.raises(DamagedFile, match='t-0.dcd: frame 29'):
         load('ala2_msmbuilder', {'ala2_msmbuilder.zip': zipped(files)})
 
 
@@ -373,15 +347,13 @@ def test_water_is_left_out_of_the_topology(load, tmp_path):
     check_frames(slice(None))(load('ala2_forces', {'al2.pdb': pdb.replace('TER', water + 'TER', 1).encode()}))
 
 
-def test_text_is_read_once(load, tmp_path, monkeypatch):
+def test_text_is_read_once(load, tmp_path):
     load('hp35_desres')
     kept = tmp_path/'cache'/'hp35_desres'/'hp35.dihs.shifted.bz2.npy'
-    assert kept.exists()
-    calls = []
-    real = fs._numbers
-    monkeypatch.setattr(fs, '_numbers', lambda p, n=None: calls.append(p.name) or real(p, n))
-    check_hp35(load('hp35_desres'))
-    assert calls == ['hp35.mindists2.ndx']
+    written = kept.stat().st_mtime_ns
+    got = load('hp35_desres')
+    check_hp35(got)
+    assert kept.stat().st_mtime_ns == written and isinstance(got['dihedrals'].values[0], np.memmap)
 
 
 def test_series_without_a_last_newline_warns(load):
@@ -397,26 +369,23 @@ def test_unknown_names_and_options(load):
     with pytest.raises(KeyError, match='no data set'): fs.load('majewski_insulin')
     with pytest.raises(KeyError, match='no reader for the format'):
         fs.load(replace(fd.info('ala2'), format='punch cards'))
-    with pytest.raises(TypeError, match='stride'): load('villin_rmsd', stride=2)
-    with pytest.raises(ValueError, match='x.npz: cannot be read'), fs.blame(Path('x.npz')): raise KeyError('k')
-    with pytest.raises(ValueError, match='^x.npz: mine$'), fs.blame(Path('x.npz')): raise ValueError('x.npz: mine')
+
+
+def test_options_are_checked_before_anything_is_fetched(web, tmp_path):
+    for name, options in (('villin_rmsd', dict(stride=2)), ('mdcath:1abcA00', dict(temperature=[450]))):
+        why = f'has no option {next(iter(options))}; it has (none|temperatures, replicas)'
+        with pytest.raises(TypeError, match=why):
+            fs.load(served(web, name, tmp_path), False, tmp_path/'cache', **options)
+    assert not web.hits
+
+
+def test_a_choice_that_is_not_there_is_named(load):
+    for options in (dict(temperatures=[300]), dict(replicas=[0, 3])):
+        with pytest.raises(ValueError, match='1abcA00.h5: has none of (temperatures=.300.|replicas=.0.); there are'):
+            load('mdcath:1abcA00', **options)
 
 
 def test_shipped_set_loads():
     got = fs.load('villin_go', False, stride=1000)
     assert [len(t) for t in got] == [10]*8 and got[0].n_atoms == 35
     np.testing.assert_allclose(np.diff(got[0].time), 6000.)
-
-
-def test_overview_and_figure():
-    import matplotlib
-    matplotlib.use('Agg')
-    table = fs.overview()
-    assert list(table.index) == fd.names() and table.load.str.len().min() > 5
-    assert set(table.index[table.restricted]) == {'atlas', 'hp35_desres', 'villin_rmsd', 'desres'}
-    ax = fs.plot_sizes(table)
-    labels = [t.get_text() for t in ax.get_yticklabels()]
-    assert {labels[round(b.get_y() + b.get_height()/2)]: b.get_width()
-            for b in ax.patches} == table.MB.dropna().to_dict()
-    colours = {labels[round(b.get_y() + b.get_height()/2)]: b.get_facecolor() for b in ax.patches}
-    assert [n for n in labels if colours[n] == colours['hp35_desres']] == ['hp35_desres'] and ax.get_xscale() == 'log'

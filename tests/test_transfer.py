@@ -1,13 +1,16 @@
-"Residue tokens against mdtraj; students of residues: any length and order, causality, seeds, files, fine-tuning, bad input."
+"Residue tokens against mdtraj; students of residues: any length and order, causality, seeds, files, bad input."
 import mdtraj as md
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from foldbook.committor import clamp
-from foldbook.simulation import shipped_model
+from foldbook.networks import predict
+from foldbook.go import shipped_model
 from foldbook.systems import MarkovSystem, metropolis
-from foldbook.transfer import MOLECULE, RESIDUE, ResidueNetwork, ResidueOptions, ResidueStudent, ResidueTokens, TokenWindows, committor_of, neighbours
+from foldbook.transfer import (MOLECULE, RESIDUE, ResidueNetwork, ResidueOptions, ResidueStudent, ResidueTokens,
+                               TokenWindows, make_student, neighbours, student_options)
+
 
 FAST = dict(batches=30, hidden=8, learning_rate=.01)
 
@@ -166,7 +169,7 @@ def long(): return chain(9, 3000, 2, seed=2)
 
 
 @pytest.fixture(scope='module')
-def student(short): return ResidueStudent(**FAST).fit([short[0][:2]], [short[1][:2]], progress=False)
+def student(short): return ResidueStudent(**FAST).fit(short[0][:2], short[1][:2], progress=False)
 
 
 def error(student, X, S, q):
@@ -174,7 +177,7 @@ def error(student, X, S, q):
 
 
 def test_learns_to_count_and_counts_longer_chains(short, long):
-    s = ResidueStudent(batches=150, hidden=16, learning_rate=.01).fit([short[0][:2]], [short[1][:2]], progress=False)
+    s = ResidueStudent(batches=150, hidden=16, learning_rate=.01).fit(short[0][:2], short[1][:2], progress=False)
     constant = np.std(np.concatenate([q[f < 0] for q, f in zip(short[2], short[1])]))
     assert error(s, *(v[2:] for v in short)) < .4 * constant
     assert error(s, *long) < .6 * constant
@@ -183,7 +186,7 @@ def test_learns_to_count_and_counts_longer_chains(short, long):
 def test_same_seed_same_numbers_and_global_state_untouched(short):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    a, b, c = (ResidueStudent(**FAST, dropout=.1, seed=s).fit([short[0][:1]], [short[1][:1]], progress=False)
+    a, b, c = (ResidueStudent(**FAST, dropout=.1, seed=s).fit(short[0][:1], short[1][:1], progress=False)
                for s in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     ra, rb, rc = (s.transform(short[0][2:])[0] for s in (a, b, c))
@@ -195,7 +198,8 @@ def test_save_and_load(student, short, tmp_path):
     student.save(tmp_path / 'kept')
     again = ResidueStudent.load(tmp_path / 'kept')
     assert (again.transform(short[0])[1] == student.transform(short[0])[1]).all()
-    assert again.n_parameters == student.n_parameters and repr(again) == repr(student) and again.seconds == student.seconds
+    assert again.n_parameters == student.n_parameters and again.get_params() == student.get_params()
+    assert again.seconds == student.seconds
     with pytest.raises(FileNotFoundError, match='ResidueStudent.save wrote'): ResidueStudent.load(tmp_path)
     with pytest.raises(ValueError, match='not been trained'): ResidueStudent().save(tmp_path)
 
@@ -217,24 +221,27 @@ def test_states_are_exact_and_change_nothing_else(student, short):
         assert (r[s >= 0] == s[s >= 0]).all() and np.allclose(r, clamp([free], [s])[0], atol=1e-6)
 
 
+def tokens_of(s, ensembles): return TokenWindows(ensembles, s.mean, s.scale, s.pace, s.window, [1] * len(ensembles))
+
+
 def test_batches_do_not_matter(student, short):
-    windows = student._windows([short[0][:1]], 1)
-    a, b = (committor_of(student.network, windows, batch=k)[0] for k in (7, 1024))
+    windows = tokens_of(student, [short[0][:1]])
+    a, b = (predict(student.network, windows, batch=k)[0] for k in (7, 1024))
     assert np.allclose(a, b, atol=1e-6)
 
 
 def test_two_proteins_at_once(short, long):
-    both = ResidueStudent(**FAST).fit([short[0][:1], long[0][:1]], [short[1][:1], long[1][:1]], every=[1, 2],
-                                      progress=False)
+    both = ResidueStudent(**FAST).fit_proteins([short[0][:1], long[0][:1]], [short[1][:1], long[1][:1]], every=[1, 2],
+                                               progress=False)
     for X, _, _ in (short, long): assert all(np.isfinite(r).all() for r in both.transform(X))
     alone = both.transform(short[0][:1])[0]
-    mixed = committor_of(both.network, both._windows([short[0][:1], long[0][:1]], 1))[0]
+    mixed = predict(both.network, tokens_of(both, [short[0][:1], long[0][:1]]))[0]
     assert np.allclose(alone, mixed, atol=1e-5)
 
 
 def test_going_on(student, short, long):
     before = {k: v.clone() for k, v in student.network.state_dict().items()}
-    head, whole = (ResidueStudent(**FAST).fit([long[0][:1]], [long[1][:1]], start=student, head=h, progress=False)
+    head, whole = (ResidueStudent(**FAST).fit(long[0][:1], long[1][:1], start=student, head=h, progress=False)
                    for h in (True, False))
     for k, v in student.network.state_dict().items():
         assert torch.equal(v, before[k]) # the source is left alone
@@ -246,7 +253,7 @@ def test_going_on(student, short, long):
 
 
 def test_validation_stops(short):
-    s = ResidueStudent(**FAST | dict(batches=400, patience=1)).fit([short[0][:1]], [short[1][:1]],
+    s = ResidueStudent(**FAST | dict(batches=400, patience=1)).fit(short[0][:1], short[1][:1],
         validation=(short[0][1:2], short[1][1:2]), progress=False)
     scores = [h['score'] for h in s.history]
     assert np.isfinite(scores).all() and (len(scores) == s.training(int((short[1][0] < 0).sum())).max_epochs
@@ -262,14 +269,14 @@ def test_length_of_training_follows_the_data(n):
 
 @pytest.mark.parametrize('options, message', [
     (dict(window=0), 'window=0; it must be at least 1'), (dict(hidden=9), 'give a multiple'),
-    (dict(loss='mse'), 'choose martingale or outcome'), (dict(patience=0), 'patience=0')])
+    (dict(loss='variational'), 'choose one of teacher_mse, '), (dict(patience=0), 'patience=0')])
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message): ResidueOptions(**options)
 
 
 def test_bad_input(student, short):
     X, S, _ = short
-    fit = lambda *a, **k: ResidueStudent(**FAST).fit(*a, progress=False, **k)
+    fit = lambda *a, **k: ResidueStudent(**FAST).fit_proteins(*a, progress=False, **k)
     with pytest.raises(ValueError, match='one list of trajectories for each protein'): fit([X, X], [S])
     with pytest.raises(ValueError, match=r'must be \(T, 1 \+ N, C\)'): fit([[x[:, :, 0] for x in X]], [S])
     with pytest.raises(ValueError, match='different numbers of channels'):
@@ -282,7 +289,50 @@ def test_bad_input(student, short):
     with pytest.raises(ValueError, match='give it as start'): fit([X], [S], head=True)
     with pytest.raises(ValueError, match='start= has not been trained'): fit([X], [S], start=ResidueStudent())
     with pytest.raises(ValueError, match='make the new student with the same'):
-        ResidueStudent(window=2).fit([X], [S], start=student, progress=False)
+        ResidueStudent(window=2).fit(X, S, start=student, progress=False)
     with pytest.raises(ValueError, match='not been trained; call fit or load'): ResidueStudent().transform(X)
     with pytest.raises(ValueError, match='tokens; found'): student.transform([np.repeat(x, 2, 2) for x in X])
     with pytest.raises(ValueError, match='states'): student.transform(X, S[:1])
+
+
+class Killed(Exception): pass
+
+
+def test_interrupted_run_gives_the_same_numbers(short, tmp_path, monkeypatch):
+    from foldbook.distill import Distillation
+    X, S, q = short
+    fit = lambda d, **k: ResidueStudent(**FAST, dropout=.1, **k).fit(X[:1], S[:1], validation=(X[1:2], S[1:2]),
+                                                                     directory=d, progress=False)
+    whole, judge = fit(None), Distillation.judge
+    def dying(self, network):
+        if self.loop.current_epoch == 1: raise Killed
+        return judge(self, network)
+    monkeypatch.setattr(Distillation, 'judge', dying)
+    with pytest.raises(Killed): fit(tmp_path)
+    monkeypatch.setattr(Distillation, 'judge', judge)
+    again = fit(tmp_path)
+    assert again.history == whole.history and (again.transform(X)[2] == whole.transform(X)[2]).all()
+    with pytest.raises(ValueError, match='another training or other data'): fit(tmp_path, seed=1)
+
+
+def test_a_teacher_is_heard(short):
+    X, S, q = short
+    s = ResidueStudent(**FAST, loss='teacher_cross_entropy')
+    with pytest.raises(ValueError, match='needs teacher='): s.fit(X[:1], S[:1], progress=False)
+    with pytest.raises(ValueError, match='frames'): s.fit(X[:1], S[:1], [q[0][1:]], progress=False)
+    up, down = (s.fit(X[:1], S[:1], [t], progress=False).transform(X[:1])[0].mean() for t in (q[0], 0 * q[0]))
+    assert up > down + .1
+
+
+def test_one_way_to_make_a_student():
+    from sklearn.base import clone
+    for name in ('mlp', 'lstm', 'transformer', 'residue'):
+        student = make_student(name, 'outcome', seed=3, devices=1)
+        assert (student.loss, student.seed) == ('outcome', 3) and clone(student).get_params() == student.get_params()
+        assert set(student_options(name)) == set(student.get_params()) - {'architecture', 'loss'}
+    for wrong, cure in ((dict(architecture='gru'), 'choose one of mlp, lstm, transformer, residue'),
+                        (dict(architecture='lstm', loss='mse'), 'choose one of teacher_mse'),
+                        (dict(architecture='residue', loss='variational'), 'choose one of teacher_mse'),
+                        (dict(architecture='residue', reach=3), 'reach is not an option of a student of architecture'),
+                        (dict(architecture='lstm', hiden=3), 'hiden is not an option')):
+        with pytest.raises(ValueError, match=cure): make_student(**wrong)

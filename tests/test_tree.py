@@ -1,5 +1,7 @@
-"Tree coordinates: whatever is read is placed or reported, what is placed comes back, and every trap of the paper is closed."
-import hashlib, io, json, re
+"Tree coordinates: what is read is placed or reported, what is placed comes back, every trap of the paper is closed."
+import hashlib
+import io
+import json
 from pathlib import Path
 
 import mdtraj as md
@@ -10,13 +12,15 @@ from hypothesis import given, settings, strategies as st
 from openmm import app, unit
 from scipy.spatial.transform import Rotation
 
-import foldbook.tree as ft
 from foldbook.data import shipped_directory
-from foldbook.structures import build_chain
-from foldbook.tree import (ANGLES, add_positions, closures, compose, decode, encode, euler_angles, euler_axes,
-    fit_torsions, from_paper_tokens, layout, leverage, local_transform, normalised, origin_spread,
-                           paper_mask, paper_tokens, position_angles, read_tree, reconstruction_error, scan, template,
-                           to_cartesian, to_internal, validity)
+from foldbook.histograms import wrap
+from foldbook.molecules import build_chain
+from foldbook.rebuilding import closures, fit_torsions, leverage, reconstruction_error, validity
+from foldbook.templates import template
+from foldbook.tokens import (KINDS, add_positions, decode, encode, euler_angles, euler_axes, from_paper_tokens, layout,
+                             normalised, origin_spread, paper_mask, paper_tokens, position_angles)
+from foldbook.tree import (ANGLES, compose, fresh_flags, local_transform, read_tree, scan, to_cartesian,
+                           to_internal)
 
 ROOT = Path(__file__).parents[1]
 LETTERS = 'ACDEFGHIKLMNPQRSTVWY'
@@ -33,7 +37,10 @@ def jittered(tree, n=1, sigma=0.01, seed=0):
 
 
 def record(i, atom, residue, number, xyz, chain='A', letter=' ', occupancy=1.0, code=' ', kind='ATOM  ', element=None):
-    return f'{kind}{i % 100000:5d} {atom if len(atom) == 4 else " " + atom:<4}{letter}{residue:>3} {chain}{number:4d}{code}   ' + ''.join(f'{10*v:8.3f}' for v in xyz) + f'{occupancy:6.2f}  0.00          {element or atom[0]:>2}'
+    name = atom if len(atom) == 4 else ' ' + atom
+    place = ''.join(f'{10*v:8.3f}' for v in xyz)
+    head = f'{kind}{i % 100000:5d} {name:<4}{letter}{residue:>3} {chain}{number:4d}{code}'
+    return f'{head}   {place}{occupancy:6.2f}  0.00          {element or atom[0]:>2}'
 
 
 def records(t, number=lambda i: i + 1, shift=0.0, **more):
@@ -95,8 +102,9 @@ def test_one_conformer_a_residue_the_fuller_one_is_never_mixed_in(tmp_path):
     leu = {l[12:16].strip(): l for l in records(t) if l[17:20] == 'LEU'}
     with_letter = lambda l, letter, occupancy: l[:16] + letter + l[17:54] + f'{occupancy:6.2f}' + l[60:]
     for name, l in leu.items():
-        lines += [l] if name in ('N', 'CA', 'C', 'O') else [with_letter(l, 'A', 0.45)] + ([with_letter(l, 'B', 0.55)]
-                                                                                          if name != 'CD2' else [])
+        if name in ('N', 'CA', 'C', 'O'): lines.append(l)
+        else: lines.append(with_letter(l, 'A', 0.45))
+        if name not in ('N', 'CA', 'C', 'O', 'CD2'): lines.append(with_letter(l, 'B', 0.55))
     tree = read_tree(written(tmp_path, lines))
     assert tree.summary.alternates == (('LEU3 of chain A', 'B', ('A',)),)
     assert 'CD2' not in tree.names and tree.summary.missing == (('LEU3 of chain A', ('CD2',)),)
@@ -124,9 +132,8 @@ def test_no_letter_beside_a_letter_is_a_conformer_of_its_own(tmp_path):
 def test_two_amino_acids_in_one_place(tmp_path):
     serine, threonine = bent('GSG'), bent('GTG')
     lines = [l for l in records(serine) if l[22:26] == '   1']
-    lines += [l[:16] + 'A' + l[17:54] + '  0.40' + l[60:]
-              for l in records(serine) if l[22:26] == '   2'] + [l[:16] + 'B' + l[17:54] + '  0.60' + l[60:]
-                                                                 for l in records(threonine) if l[22:26] == '   2']
+    lines += [l[:16] + 'A' + l[17:54] + '  0.40' + l[60:] for l in records(serine) if l[22:26] == '   2']
+    lines += [l[:16] + 'B' + l[17:54] + '  0.60' + l[60:] for l in records(threonine) if l[22:26] == '   2']
     lines += [l for l in records(serine) if l[22:26] == '   3']
     tree = read_tree(written(tmp_path, lines))
     assert [r.kind for r in tree.residues] == ['GLY', 'THR', 'GLY'] and len(tree) == 4 + 7 + 5
@@ -139,8 +146,8 @@ def test_insertion_codes_and_negative_numbers(tmp_path):
     lines = [record(a.index + 1, a.name, a.residue.name, names[a.residue.index][0], x, code=names[a.residue.index][1])
              for a, x in zip(t.topology.atoms, t.xyz[0])]
     tree = read_tree(written(tmp_path, lines))
-    assert [r.number for r in tree.residues] == ['-3', '52', '52A', '52B',
-                                                 '53'] and len(tree.segments) == 1 and len(tree) == t.n_atoms
+    assert [r.number for r in tree.residues] == ['-3', '52', '52A', '52B', '53']
+    assert len(tree.segments) == 1 and len(tree) == t.n_atoms
     comes_back(tree)
 
 
@@ -178,8 +185,8 @@ def test_mdtraj_measures_across_the_gap_where_the_tree_does_not(tmp_path):
     lines = [l for l in records(t, number=lambda i: i + 1 - (i > 3)) if l[17:20] != 'LEU']
     path = written(tmp_path, lines)
     tree = read_tree(path)
-    assert len(md.compute_phi(md.load(str(path)), periodic=False)[0]) == 6 and tree.mask[:,
-                                                                                         ANGLES.index('phi')].sum() == 5
+    assert len(md.compute_phi(md.load(str(path)), periodic=False)[0]) == 6
+    assert tree.mask[:, ANGLES.index('phi')].sum() == 5
 
 
 def test_modified_residues_follow_their_parents(tmp_path):
@@ -194,11 +201,10 @@ def test_modified_residues_follow_their_parents(tmp_path):
     lines.insert(0, lines.pop(0))
     tree = read_tree(written(tmp_path, sorted(lines, key=lambda l: int(l[22:26]))))
     assert [r.kind for r in tree.residues] == ['GLU', 'MSE', 'CYS', 'UNK', 'GLY'] and len(tree.segments) == 1
-    assert tree.summary.unknown == ('XYZ4 of chain A',) and dict(tree.summary.dropped) == {'CSO3 of chain A': ('OD',),
-                                                                                           'XYZ4 of chain A': ('OG',)}
-    assert tree.names[tree.names.index('CG', 9)
-                      + 1] == 'SE' and 'Se' in tree.elements and layout(tree).types.tolist() == [ft.KINDS.index(k)
-                          for k in ('GLU', 'MET', 'CYS', 'UNK', 'GLY')]
+    assert tree.summary.unknown == ('XYZ4 of chain A',)
+    assert dict(tree.summary.dropped) == {'CSO3 of chain A': ('OD',), 'XYZ4 of chain A': ('OG',)}
+    assert tree.names[tree.names.index('CG', 9) + 1] == 'SE' and 'Se' in tree.elements
+    assert [KINDS[k] for k in layout(tree).types] == ['GLU', 'MET', 'CYS', 'UNK', 'GLY']
     other = read_tree(tmp_path/'x.pdb', parents={'xyz': 'ser'})
     assert [r.kind for r in other.residues][3] == 'SER' and not other.summary.unknown
     comes_back(tree)
@@ -214,14 +220,15 @@ def test_duplicates_are_counted_and_the_first_is_kept(tmp_path):
 
 
 def test_water_ions_and_ligands_are_left_out_and_said(tmp_path):
-    lines = records(bent('GAG')) + [record(90 + i, 'O', 'HOH', 100 + i, (3, 3, i), kind='HETATM')
-        for i in range(3)] + [record(95, 'ZN', 'ZN', 200, (4, 4, 4), kind='HETATM', element='ZN')]
+    lines = records(bent('GAG'))
+    lines += [record(90 + i, 'O', 'HOH', 100 + i, (3, 3, i), kind='HETATM') for i in range(3)]
+    lines.append(record(95, 'ZN', 'ZN', 200, (4, 4, 4), kind='HETATM', element='ZN'))
     assert read_tree(written(tmp_path, lines)).summary.others == (('HOH', 3), ('ZN', 1))
 
 
 def test_a_calcium_ion_is_no_residue(tmp_path):
-    tree = read_tree(written(tmp_path,
-        records(bent('GAG')) + [record(95, 'CA', 'CA', 200, (4, 4, 4), kind='HETATM', element='CA')]))
+    ion = record(95, 'CA', 'CA', 200, (4, 4, 4), kind='HETATM', element='CA')
+    tree = read_tree(written(tmp_path, [*records(bent('GAG')), ion]))
     assert tree.summary.others == (('CA', 1),) and len(tree.residues) == 3
 
 
@@ -257,8 +264,8 @@ def test_cis_peptide_bonds_and_disulfides_are_reported():
     x.values[0, 2, ANGLES.index('omega')] = 0.1
     turned = read_tree(read_tree(t).trajectory(to_cartesian(read_tree(t), x)))
     (label, omega), = turned.summary.cis
-    assert label.startswith('PRO3') and abs(omega
-                                            - 0.1) < 1e-4 and 'Cis peptide bonds before: PRO3' in str(turned.summary)
+    assert label.startswith('PRO3') and abs(omega - 0.1) < 1e-4
+    assert 'Cis peptide bonds before: PRO3' in str(turned.summary)
 
 
 def test_mirrored_residues_keep_their_hand():
@@ -274,8 +281,8 @@ def test_mirrored_residues_keep_their_hand():
 def test_caps_are_part_of_the_chain():
     t = build_chain('AP', (-1.2, 2.4), caps=True)
     tree = read_tree(t)
-    assert len(tree) == t.n_atoms and [r.kind for r in tree.residues] == ['ACE', 'ALA', 'PRO',
-                                                                          'NME'] and len(tree.segments) == 1
+    assert len(tree) == t.n_atoms and len(tree.segments) == 1
+    assert [r.kind for r in tree.residues] == ['ACE', 'ALA', 'PRO', 'NME']
     comes_back(tree)
     assert np.allclose(to_internal(tree, tree.positions[None]).values[0, 1:3, ANGLES.index('phi')],
                        md.compute_phi(t, periodic=False)[1], atol=1e-5)
@@ -288,20 +295,21 @@ def test_every_kind_of_source_gives_the_same_tree(tmp_path, form):
     expected = read_tree(t)
     if form == 'trajectory': source = t
     else:
-        text = io.StringIO()
-        (app.PDBFile if form.startswith('pdb') else app.PDBxFile).writeFile(t.topology.to_openmm(),
-                                                                            t.xyz[0]*unit.nanometer, text)
+        text, writer = io.StringIO(), app.PDBFile if form.startswith('pdb') else app.PDBxFile
+        writer.writeFile(t.topology.to_openmm(), t.xyz[0]*unit.nanometer, text)
         source = tmp_path/f'x.{form}'
         opened = gzip.open if form.endswith('gz') else lzma.open if form.endswith('xz') else open
         with opened(source, 'wt') as f: f.write(text.getvalue())
     tree = read_tree(source)
-    assert tree.names == expected.names and np.array_equal(tree.parent,
-        expected.parent) and np.array_equal(tree.torsion, expected.torsion)
+    assert tree.names == expected.names and np.array_equal(tree.parent, expected.parent)
+    assert np.array_equal(tree.torsion, expected.torsion)
     assert np.abs(tree.positions - expected.positions).max() < 1e-4
 
 
 def test_mmcif_alternates_insertion_codes_models_and_author_names(tmp_path):
-    columns = 'group_PDB id type_symbol label_atom_id label_alt_id label_comp_id label_asym_id label_seq_id pdbx_PDB_ins_code Cartn_x Cartn_y Cartn_z occupancy auth_seq_id auth_asym_id pdbx_PDB_model_num'.split()
+    columns = ('group_PDB id type_symbol label_atom_id label_alt_id label_comp_id label_asym_id label_seq_id '
+               'pdbx_PDB_ins_code Cartn_x Cartn_y Cartn_z occupancy auth_seq_id auth_asym_id '
+               'pdbx_PDB_model_num').split()
     t, lines = bent('GSA'), []
     for model in (1, 2):
         for a, x in zip(t.topology.atoms, t.xyz[0]*10):
@@ -313,8 +321,9 @@ def test_mmcif_alternates_insertion_codes_models_and_author_names(tmp_path):
     (tmp_path/'x.cif').write_text('data_x\nloop_\n' + '\n'.join(f'_atom_site.{c}' for c in columns) + '\n'
                                   + '\n'.join(lines) + '\n')
     tree = read_tree(tmp_path/'x.cif')
-    assert len(tree) == t.n_atoms and [r.label for r in tree.residues] == ['GLY-4 of chain L', 'SER-3A of chain L',
-        'ALA-3 of chain L'] and tree.summary.alternates == (('SER-3A of chain L', 'B', ('A',)),)
+    labels = [r.label for r in tree.residues]
+    assert len(tree) == t.n_atoms and labels == ['GLY-4 of chain L', 'SER-3A of chain L', 'ALA-3 of chain L']
+    assert tree.summary.alternates == (('SER-3A of chain L', 'B', ('A',)),)
 
 
 @settings(deadline=None, max_examples=40)
@@ -411,10 +420,10 @@ def long_chain():
     return read_tree(build_chain(''.join(rng.choice(list(LETTERS), 850)), rng.uniform(-2.5, -0.5, (850, 2))))
 
 
-@pytest.mark.parametrize('dtype, tolerance_nm', [(torch.float64, 1e-7), (torch.float32, 1e-4)])
-@pytest.mark.parametrize('precision', [torch.float64, torch.float32])
-def test_850_residues(long_chain, dtype, tolerance_nm, precision):
-    if dtype == torch.float64 and precision == torch.float32: return
+@pytest.mark.parametrize('dtype, precision, tolerance_nm', [(torch.float64, torch.float64, 1e-7),
+                                                            (torch.float32, torch.float64, 1e-4),
+                                                            (torch.float32, torch.float32, 1e-4)])
+def test_850_residues(long_chain, dtype, precision, tolerance_nm):
     tree = long_chain
     x = torch.tensor(tree.positions, dtype=dtype)[None]
     y = to_cartesian(tree, to_internal(tree, x, 'all'), precision)
@@ -433,8 +442,8 @@ def test_every_structure_of_the_stored_table():
     rows = [r for r in json.loads((ROOT/'data'/'tree.json').read_text())['structures']]
     measured = [r for r in rows if not r['prepared']]
     assert len(measured) >= 11 and {'1bom', '19hc', '1hvr', '1osm', '4E43'} <= {r['name'] for r in rows}
-    assert np.median([r['default']['backbone'] for r in measured]) < 0.015 and np.median([r['default']['heavy']
-                                                                                          for r in measured]) < 0.030
+    for part, bound in (('backbone', 0.015), ('heavy', 0.030)):
+        assert np.median([r['default'][part] for r in measured]) < bound
     tree = read_tree(shipped_directory()/'1crn.pdb.xz')
     here = reconstruction_error(tree, tree.positions[None], to_cartesian(tree, to_internal(tree, tree.positions[None])))
     stored = next(r for r in rows if r['name'] == '1crn')['default']
@@ -459,8 +468,7 @@ def test_torsions_are_those_of_mdtraj():
     for name, (compute, owner) in kinds.items():
         atoms, values = compute(t, periodic=False)
         rows = [t.topology.atom(int(a[owner])).residue.index for a in atoms]
-        assert len(rows) and np.abs(np.angle(np.exp(1j*(table[rows, ANGLES.index(name)]
-                                                        - values[0])))).max() < 1e-4, name
+        assert len(rows) and np.abs(wrap(table[rows, ANGLES.index(name)] - values[0])).max() < 1e-4, name
     angles = md.compute_angles(t, [[r.atom(0).index, r.atom(1).index, r.atom(2).index]
                                    for r in t.topology.residues][1:])
     assert np.abs(table[1:, ANGLES.index('N-CA-C')] - angles[0]).max() < 1e-4
@@ -499,7 +507,7 @@ def test_scan_is_the_product_in_order(n, pieces, seed):
     for i in range(n):
         now = m[:, :, i] if starts[i] else compose(now, m[:, :, i])
         out.append(now)
-    assert torch.allclose(scan(m, ft._fresh(starts, 'cpu')), torch.stack(out, 2), atol=1e-11)
+    assert torch.allclose(scan(m, fresh_flags(starts)), torch.stack(out, 2), atol=1e-11)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -555,9 +563,8 @@ def test_trajectories_come_back_as_files(tmp_path):
     tree = read_tree(shipped_directory()/'1bom.pdb.xz')
     tree.trajectory(jittered(tree, 3)).save_pdb(str(tmp_path/'x.pdb'))
     again = read_tree(tmp_path/'x.pdb')
-    # mdtraj writes -2 as 9998
-    assert again.names == tree.names and len(again.segments) == 2 and [int(r.number) % 10_000
-        for r in again.residues] == [int(r.number) % 10_000 for r in tree.residues]
+    numbers = lambda t: [int(r.number) % 10_000 for r in t.residues] # mdtraj writes -2 as 9998
+    assert again.names == tree.names and len(again.segments) == 2 and numbers(again) == numbers(tree)
 
 
 # the paper's encoding: each test fails on the version that the paper prints
@@ -565,8 +572,8 @@ def test_trajectories_come_back_as_files(tmp_path):
 @pytest.fixture(scope='module')
 def dimer():
     a, b = bent('GASLWPK', 1), bent('MRTDE', 2)
-    tree = read_tree(md.Trajectory(np.concatenate([a.xyz, b.xyz @ Rotation.from_rotvec([1, 2, -1]).as_matrix() + 1.5],
-                                                  1), a.topology.join(b.topology)))
+    moved = b.xyz @ Rotation.from_rotvec([1, 2, -1]).as_matrix() + 1.5
+    tree = read_tree(md.Trajectory(np.concatenate([a.xyz, moved], 1), a.topology.join(b.topology)))
     return tree, to_internal(tree, jittered(tree, 3))
 
 
@@ -595,8 +602,8 @@ def test_two_angles_do_not_fix_a_rotation(angles, locked):
 def test_six_numbers_are_a_rotation_whatever_a_network_writes(dimer):
     tree, i = dimer
     e = encode(tree, i)
-    noisy = e._replace(frames=e.frames + 0.3*torch.randn(e.frames.shape, dtype=torch.float64,
-                                                         generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(e.frames.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noisy = e._replace(frames=e.frames + 0.3*noise)
     axes = decode(tree, noisy).axes
     assert torch.allclose(axes.mT @ axes, torch.eye(3, dtype=torch.float64).expand_as(axes), atol=1e-12)
 
@@ -647,8 +654,8 @@ def test_positions_are_absolute_in_the_paper_and_relative_by_default(dimer):
     tree = read_tree(md.Trajectory(np.concatenate([a.xyz, a.xyz + 2], 1), a.topology.join(a.topology)))
     alpha, place = position_angles(tree)[2:], layout(tree)
     assert not torch.allclose(torch.cos(alpha[:5]), torch.cos(alpha[5:]))
-    assert torch.equal(place.positions[:5], place.positions[5:]) and torch.equal(place.types[:5],
-        place.types[5:]) and place.chains.tolist() == [0]*5 + [1]*5
+    for same in (place.positions, place.types): assert torch.equal(same[:5], same[5:])
+    assert place.chains.tolist() == [0]*5 + [1]*5
 
 
 def test_padding_is_masked_before_it_is_divided(dimer):
@@ -683,10 +690,11 @@ def test_tumbling_is_in_one_token(dimer):
     turn = torch.tensor(Rotation.from_rotvec([2, 1, 0]).as_matrix())
     moved = to_internal(tree, to_cartesian(tree, i) @ turn.T + 3)
     a, b = encode(tree, i), encode(tree, moved)
-    assert torch.allclose(a.frames[:, 1:], b.frames[:, 1:], atol=1e-10) and torch.allclose(a.residues, b.residues,
-        atol=1e-10) and not torch.allclose(a.frames[:, 0], b.frames[:, 0])
-    assert 0 < origin_spread(i) < 0.2 and origin_spread(to_internal(read_tree(bent('GA')),
-                                                                    read_tree(bent('GA')).positions[None])) == 1.0
+    assert torch.allclose(a.frames[:, 1:], b.frames[:, 1:], atol=1e-10)
+    assert torch.allclose(a.residues, b.residues, atol=1e-10)
+    assert not torch.allclose(a.frames[:, 0], b.frames[:, 0])
+    one = read_tree(bent('GA'))
+    assert 0 < origin_spread(i) < 0.2 and origin_spread(to_internal(one, one.positions[None])) == 1.0
 
 
 def test_structures_of_data_are_listed():
