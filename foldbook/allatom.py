@@ -24,7 +24,7 @@ import pandas as pd
 
 from .base import check_choice, digest, read_json, write_json, writing
 from .engine import Dynamics, simulate_all
-from .features import plane_free_energy
+from .histograms import plot_surface
 from .molecules import Molecule, load_molecule
 
 # %% ../nbs/15_allatom.ipynb #x15d
@@ -297,12 +297,8 @@ def _write_structure(trajectory, path):
 # %% ../nbs/15_allatom.ipynb #x15ab
 def plot_ramachandran(phi: np.ndarray, psi: np.ndarray, ax=None): # rad
     "Free energy of the two dihedrals, kT above the minimum."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(4.8, 4))[1]
     edges = np.linspace(-180, 180, 61)
-    f = plane_free_energy(np.degrees(phi), np.degrees(psi), (edges, edges))
-    picture = ax.pcolormesh(edges, edges, f.T, cmap='viridis', vmin=0, vmax=7)
-    ax.figure.colorbar(picture, ax=ax, label='free energy (kT)')
+    ax = plot_surface(np.histogram2d(np.degrees(phi), np.degrees(psi), (edges, edges))[0], edges, edges, 7, ax)
     ax.set(xlabel='phi (degrees)', ylabel='psi (degrees)', aspect='equal')
     return ax
 

@@ -102,9 +102,9 @@ def write_tensors(path: str | Path,
                   metadata: dict | None = None  # text by name
                   ) -> Path:
     "Write tensors as safetensors."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    with writing(path) as temporary: save_file(tensors, str(temporary), metadata)
+    with writing(path) as temporary: temporary.write_bytes(save(tensors, metadata))
     return Path(path)
 
 def read_tensors(path: str | Path) -> tuple:  # tensors by name, metadata (a dict of text)

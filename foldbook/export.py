@@ -29,6 +29,7 @@ from .base import writing
 from .features import Features
 from .structures import find_atoms
 from .go import FRICTION, TIME_STEP
+from .histograms import energy_of_counts
 
 # %% ../nbs/48_export.ipynb #625f14d9
 SMOOTH = 'Q_soft + end_to_end + contacts + contact_distances' # for `features.named`: what an exported student may read
@@ -376,8 +377,8 @@ def weighted_free_energy(
     weights: np.ndarray | None = None, # of the frames
 ) -> np.ndarray: # (bins,) kT, mean 0
     "Free energy along a coordinate; nan in empty bins."
-    h = np.histogram(z, edges, weights=weights)[0].astype(float)
-    F = -np.log(np.where(h > 0, h, np.nan) / np.diff(edges))
+    h = np.histogram(z, edges, weights=weights)[0]
+    F = energy_of_counts(h, np.diff(edges))
     return F - np.nanmean(F)
 
 # %% ../nbs/48_export.ipynb #913403b9

@@ -9,7 +9,7 @@ __all__ = ['FEATURIZERS', 'DEFAULT', 'Features', 'Featurizer', 'dihedrals', 'pse
            'heavy_distances', 'contacts', 'heavy_contacts', 'fraction_native', 'fraction_ca', 'soft_fraction_native',
            'rmsd', 'radius_of_gyration', 'end_to_end', 'aligned_coordinates', 'surface_area', 'secondary_structure',
            'model_contacts', 'named', 'default', 'fitting_topology', 'stream', 'plot_series', 'plot_contact_order',
-           'plane_free_energy', 'plot_plane']
+           'plot_plane']
 
 # %% ../nbs/13_features.ipynb #d756a18b
 import json
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .base import check_choice, read_json
 from .frames import DamagedFile, atoms_in_file, load_topology, read_frames
+from .histograms import plot_surface
 from .structures import (TOLERANCE, apart, atom_labels, ca_atoms, ca_contacts, chain_numbers, contact_fraction,
     has_side_chains, heavy_atoms, load_native, match_atoms, native_contacts, protein_atoms, residue_labels, touching)
 from .workers import map_jobs
@@ -666,15 +667,6 @@ def plot_contact_order(
     return ax
 
 # %% ../nbs/13_features.ipynb #326bde1e
-def plane_free_energy(
-    x: np.ndarray, y: np.ndarray, # (T,)
-    edges: tuple, # of the bins along each
-) -> np.ndarray: # (n, m) kT, nan where no frame is
-    "Free energy -ln(histogram) in the plane of two quantities, lowest bin zero."
-    h = np.histogram2d(x, y, edges)[0]
-    with np.errstate(divide='ignore'): f = -np.log(h/h.max())
-    return np.where(np.isfinite(f), f, np.nan)
-
 def plot_plane(
     x: np.ndarray, # (T, F), all trajectories together
     features: Features,
@@ -683,13 +675,10 @@ def plot_plane(
     ax=None,
 ):
     "Free energy -ln(histogram) in the plane of two columns, kT; returns the axes."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5, 3.5))[1]
     i, j = features.select(names)
     edges = [np.linspace(0, 1, n_bins + 1) if not features.units[k] else np.histogram_bin_edges(x[:, k], n_bins)
              for k in (i, j)]
-    mesh = ax.pcolormesh(*edges, plane_free_energy(x[:, i], x[:, j], edges).T, cmap='viridis')
-    ax.figure.colorbar(mesh, label='free energy (kT)')
+    ax = plot_surface(np.histogram2d(x[:, i], x[:, j], edges)[0], *edges, ax=ax)
     label = lambda k: f'{features.names[k]} ({features.units[k]})' if features.units[k] else features.names[k]
     ax.set(xlabel=label(i), ylabel=label(j))
     return ax

@@ -7,8 +7,7 @@ Docs: https://foldbook.github.io/foldbook/go.html.md"""
 # %% auto #0
 __all__ = ['TIME_STEP', 'FRICTION', 'internal_coordinates', 'GoModel', 'shipped_model', 'energies', 'ensemble',
            'contact_distances', 'native_fraction', 'passage_times', 'transitions', 'plot_contacts', 'plot_q',
-           'free_energy', 'plot_free_energy', 'folding_temperature', 'two_states', 'folding_curve',
-           'plot_folding_curve', 'net_flux_t']
+           'plot_free_energy', 'folding_temperature', 'two_states', 'folding_curve', 'plot_folding_curve', 'net_flux_t']
 
 # %% ../nbs/12a_go.ipynb #a28d7bfe
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import pandas as pd
 
 from .base import BOLTZMANN, check_choice, read_json, write_json
 from .data import shipped_directory
+from .histograms import free_energy
 from .packing import pack_trajectory
 from .engine import Dynamics, simulate_all
 from .structures import contact_fraction, native_contacts, protein_chain, read_structure
@@ -301,14 +301,6 @@ def plot_q(q: list, spacing_ps: float, ax=None):
         a.set(ylabel='Q', ylim=(0, 1))
     ax[-1].set_xlabel('time (ns, reduced units)')
     return ax
-
-# %% ../nbs/12a_go.ipynb #d16519cf
-def free_energy(q: list, edges: np.ndarray) -> tuple: # F (n_bins,) in kT, standard error over trajectories
-    "Free energy of a histogram, lowest bin zero, with the standard error over trajectories."
-    p = np.stack([np.histogram(x, edges)[0]/len(x) for x in q])
-    mean, se = p.mean(axis=0), p.std(axis=0, ddof=1)/len(q)**0.5
-    with np.errstate(divide='ignore', invalid='ignore'): f, df = -np.log(mean), se/mean
-    return f - f[np.isfinite(f)].min(), df
 
 # %% ../nbs/12a_go.ipynb #2d1bbec6
 def plot_free_energy(q: list, ax=None):

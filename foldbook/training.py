@@ -138,6 +138,7 @@ class _Loop(pl.LightningModule):
         if not self.kept: return
         self.task.restore(self.kept['task'])
         torch.set_rng_state(self.kept['random'])
+        if self.device.type == 'cuda': torch.cuda.set_rng_state(self.kept['cuda'], self.device)
         if self.plateau: self.plateau.load_state_dict(self.kept['plateau'])
 
     def on_train_epoch_start(self):
@@ -191,7 +192,8 @@ class _Loop(pl.LightningModule):
         if self.advance: self.advance(row)
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint['kept'] = dict(task=self.task.state(), random=torch.get_rng_state(),
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None
+        checkpoint['kept'] = dict(task=self.task.state(), random=torch.get_rng_state(), cuda=cuda,
                                   plateau=self.plateau.state_dict() if self.plateau else None)
         checkpoint['book'] = self.book
 

@@ -59,9 +59,7 @@ class Workers:
         """Pairs (name, result) in the order in which they come; more tasks may be submitted meanwhile. An error of
         a task
         is raised here with its name and the log of its worker; `RuntimeError` where its workers died."""
-        while self.waiting:
-            name, work, args, kwargs = self.waiting.popleft()
-            yield name, work(*args, **kwargs)
+        while self.waiting: yield self._next()
         if self.here: return
         from distributed import as_completed
         self.coming = as_completed(list(self.names))
@@ -69,6 +67,13 @@ class Workers:
             name = self.names.pop(future)
             yield name, self._result(name, future)
         self.coming = None
+
+    def _next(self):
+        name, work, args, kwargs = self.waiting.popleft()
+        try: return name, work(*args, **kwargs)
+        except Exception as e:
+            e.add_note(f'in the task {name!r}')
+            raise
 
     def _result(self, name, future):
         from distributed.scheduler import KilledWorker

@@ -11,21 +11,6 @@ import pytest
 
 import foldbook.engine as fs
 from foldbook.go import GoModel, energies
-from foldbook.molecules import build_chain
-
-
-TURN = [(-1.0, -0.82)]*9 + [(1.05, 0.7)]*3 + [(-1.0, -0.82)]*9 # helix, turn, helix; radians
-
-
-@pytest.fixture(scope='session')
-def hth(tmp_path_factory):
-    path = tmp_path_factory.mktemp('pdb')/'hth.pdb'
-    build_chain('A'*21, TURN).save_pdb(str(path))
-    return path
-
-
-@pytest.fixture(scope='session')
-def model(hth): return GoModel.from_pdb(hth)
 
 
 JOB = dict(n_frames=120, steps_per_frame=100, seed=4, burn_in=15, segment=10, start='extended', progress=False)

@@ -14,20 +14,6 @@ from foldbook.go import GoModel
 from foldbook.molecules import build_chain
 
 
-TURN = [(-1.0, -0.82)]*9 + [(1.05, 0.7)]*3 + [(-1.0, -0.82)]*9 # helix, turn, helix; radians
-
-
-@pytest.fixture(scope='session')
-def hth(tmp_path_factory):
-    path = tmp_path_factory.mktemp('pdb')/'hth.pdb'
-    build_chain('A'*21, TURN).save_pdb(str(path))
-    return path
-
-
-@pytest.fixture(scope='session')
-def model(hth): return GoModel.from_pdb(hth)
-
-
 def numpy_energy(m, x):
     "Every term of the energy, written out."
     r, theta, phi = fs.internal_coordinates(x)

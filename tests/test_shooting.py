@@ -5,22 +5,6 @@ import pytest
 import foldbook.shooting as fs
 from foldbook.base import derived_seed
 from foldbook.engine import run_segment
-from foldbook.go import GoModel
-from foldbook.molecules import build_chain
-
-
-TURN = [(-1.0, -0.82)]*9 + [(1.05, 0.7)]*3 + [(-1.0, -0.82)]*9 # helix, turn, helix; radians
-
-
-@pytest.fixture(scope='session')
-def hth(tmp_path_factory):
-    path = tmp_path_factory.mktemp('pdb')/'hth.pdb'
-    build_chain('A'*21, TURN).save_pdb(str(path))
-    return path
-
-
-@pytest.fixture(scope='session')
-def model(hth): return GoModel.from_pdb(hth)
 
 
 def test_shooting_resumes_and_repeats(model, tmp_path, monkeypatch):

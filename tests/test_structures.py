@@ -9,23 +9,9 @@ from hypothesis import given, settings, strategies as st
 from foldbook import structures
 from foldbook.features import fraction_native
 from foldbook.go import GoModel
-from foldbook.molecules import build_chain, prepare
+from foldbook.molecules import prepare
 from foldbook.structures import (AtomRecord, ca_contacts, load_native, native_contacts, one_conformer, protein_chain,
     read_structure)
-
-
-TURN = [(-1.0, -0.82)]*9 + [(1.05, 0.7)]*3 + [(-1.0, -0.82)]*9 # helix, turn, helix; radians
-
-
-@pytest.fixture(scope='session')
-def hth(tmp_path_factory):
-    path = tmp_path_factory.mktemp('pdb')/'hth.pdb'
-    build_chain('A'*21, TURN).save_pdb(str(path))
-    return path
-
-
-@pytest.fixture(scope='session')
-def model(hth): return GoModel.from_pdb(hth)
 
 
 def test_only_one_whole_chain_is_kept(hth, tmp_path):
