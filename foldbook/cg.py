@@ -7,9 +7,9 @@ Docs: https://foldbook.github.io/foldbook/cg_potentials.html.md"""
 # %% auto #0
 __all__ = ['TABLES', 'SELECTIONS', 'TINY', 'PAPER_DIHEDRAL', 'RANGES', 'FITS', 'ONE_LETTER', 'UNITS', 'LONGEST', 'SIZES',
            'bead_types', 'table_of', 'force_map', 'Mapping', 'ForceData', 'bead_map', 'Prior', 'System', 'chain_system',
-           'chain_geometry', 'prior_terms', 'prior_energy', 'energy_and_forces', 'Inversion', 'invert', 'coordinates',
-           'fit_term', 'fit_prior', 'plot_inversions', 'read_prior', 'write_prior', 'check_frames', 'prior_forces',
-           'SchNet', 'pairs_within', 'Potential']
+           'chain_geometry', 'prior_terms', 'prior_energy', 'energy_and_forces', 'Inversion', 'coordinates',
+           'fit_prior', 'plot_inversions', 'read_prior', 'write_prior', 'check_frames', 'prior_forces', 'SchNet',
+           'pairs_within', 'Potential']
 
 # %% ../nbs/50_cg_potentials.ipynb #c50a0004
 import math
@@ -269,7 +269,7 @@ class Inversion(NamedTuple):
 _VOLUMES = dict(bonds=lambda a, b: b**3 - a**3, repulsion=lambda a, b: b**3 - a**3,
                angles=lambda a, b: np.cos(a) - np.cos(b), dihedrals=lambda a, b: b - a)
 
-def invert(term: str,          # 'bonds', 'angles', 'dihedrals' or 'repulsion'
+def _invert(term: str,          # 'bonds', 'angles', 'dihedrals' or 'repulsion'
            values: np.ndarray, # sample of the coordinate
            span: tuple|None,   # fit range; None: central 99 %
            kT: float,          # kJ/mol
@@ -323,7 +323,7 @@ def coordinates(d: ForceData,
     return [(tuple(names[k:k + span]), values[:, k]) for k in range(values.shape[1])]
 
 # %% ../nbs/50_cg_potentials.ipynb #c50c0017
-def fit_term(chains: list,         # of `ForceData`
+def _fit_term(chains: list,         # of `ForceData`
              term: str,            # a key of `FITS`
              kT: float,            # kJ/mol
              span: tuple|None,     # fit range
@@ -350,7 +350,7 @@ def _one_fit(term, key, values, kT, span, minimum, options):
     "None where the sample is small, or repels where it should attract."
     if span is not None: values = values[(values >= span[0]) & (values <= span[1])]
     if len(values) < max(minimum, 1): return None
-    x, F, n = invert(term, values, span, kT)
+    x, F, n = _invert(term, values, span, kT)
     if len(x) < 8: return None
     parameters, curve = FITS[term](x, F, n, **options)
     upright = term == 'dihedrals' or np.ravel(parameters)[0] > 0
@@ -365,7 +365,7 @@ def fit_prior(chains: list,              # of `ForceData`
               ) -> tuple:                # Prior, list of `Inversion`
     "A prior by Boltzmann inversion, and what each term was fitted to."
     terms = dict(bonds={}, repulsion={}, dihedrals=dict(pooled=True)) if terms is None else terms
-    fits = [f for t, o in terms.items() for f in fit_term(chains, t, BOLTZMANN*temperature,
+    fits = [f for t, o in terms.items() for f in _fit_term(chains, t, BOLTZMANN*temperature,
                                                           **(dict(span=RANGES[t], separation=separation) | o))]
     entries = {t: {f.key: tuple(map(tuple, f.parameters)) if t == 'dihedrals' else f.parameters
                    for f in fits if f.term == t} for t in FITS}

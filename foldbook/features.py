@@ -6,10 +6,9 @@ Docs: https://foldbook.github.io/foldbook/features.html.md"""
 
 # %% auto #0
 __all__ = ['FEATURIZERS', 'DEFAULT', 'Features', 'Featurizer', 'dihedrals', 'pseudo_dihedrals', 'pseudo_angles', 'ca_distances',
-           'heavy_distances', 'contacts', 'heavy_contacts', 'fraction_native', 'fraction_ca', 'soft_fraction_native',
-           'rmsd', 'radius_of_gyration', 'end_to_end', 'aligned_coordinates', 'surface_area', 'secondary_structure',
-           'model_contacts', 'named', 'default', 'fitting_topology', 'stream', 'plot_series', 'plot_contact_order',
-           'plot_plane']
+           'heavy_distances', 'contacts', 'heavy_contacts', 'fraction_native', 'soft_fraction_native', 'rmsd',
+           'radius_of_gyration', 'end_to_end', 'surface_area', 'secondary_structure', 'model_contacts', 'named',
+           'default', 'fitting_topology', 'stream', 'plot_series', 'plot_contact_order', 'plot_plane']
 
 # %% ../nbs/13_features.ipynb #d756a18b
 import json
@@ -307,7 +306,7 @@ def _fraction(native, pairs, name, tolerance): # of contacts made, counted on C-
                       lambda t: contact_fraction(distances(t), r0, tolerance), native.topology, atoms)
 
 # %% ../nbs/13_features.ipynb #8aaffbb2
-def fraction_ca(
+def _fraction_ca(
     native: md.Trajectory,
     tolerance: float = TOLERANCE, # a contact is made below this times its native length
 ) -> Featurizer: # column ca_fraction
@@ -373,7 +372,7 @@ def end_to_end(
     return replace(d, features=replace(d.features, names=names))
 
 # %% ../nbs/13_features.ipynb #029f957c
-def aligned_coordinates(
+def _aligned_coordinates(
     native: md.Trajectory,
 ) -> Featurizer: # nm, columns x, y, z of each C-alpha
     "C-alpha positions after superposition on the native structure."
@@ -448,7 +447,7 @@ def _soft_fraction(native, pairs):
     return soft_fraction_native(native, None if has_side_chains(native.topology) else pairs)
 
 FEATURIZERS = {
-    'Q': fraction_native, 'ca_fraction': _alone(fraction_ca), 'Q_soft': _soft_fraction, 'contacts': contacts,
+    'Q': fraction_native, 'ca_fraction': _alone(_fraction_ca), 'Q_soft': _soft_fraction, 'contacts': contacts,
     'hard_contacts': lambda native, pairs: contacts(native, pairs, width=None),
     'heavy_contacts': heavy_contacts, 'contact_distances': _native_distances(ca_distances),
     'ca_distances': _alone(ca_distances), 'heavy_distances': heavy_distances,
@@ -456,7 +455,7 @@ FEATURIZERS = {
     'phi': _kind('phi'), 'psi': _kind('psi'), 'omega': _kind('omega'), 'chi': _kind('chi1', 'chi2', 'chi3', 'chi4'),
     'pseudo_dihedrals': _alone(pseudo_dihedrals), 'pseudo_angles': _alone(pseudo_angles),
     'SASA': _alone(surface_area), 'secondary_structure': _alone(secondary_structure),
-    'coordinates': _alone(aligned_coordinates)}
+    'coordinates': _alone(_aligned_coordinates)}
 
 # %% ../nbs/13_features.ipynb #21173cfc
 DEFAULT = 'Q + RMSD + Rg + end_to_end + contacts + contact_distances'

@@ -6,8 +6,8 @@ Docs: https://foldbook.github.io/foldbook/lstm_baseline.html.md"""
 
 # %% auto #0
 __all__ = ['FORECASTERS', 'NETWORKS', 'LEADS', 'FLAWS', 'forecaster', 'save_forecaster', 'load_forecaster', 'bootstrap_errors',
-           'Comparison', 'compare', 'plot_ratios', 'show_table', 'plot_errors', 'protocol_ratio',
-           'interval_half_widths', 'covered', 'useful_lead', 'write_report']
+           'Comparison', 'compare', 'plot_ratios', 'show_table', 'protocol_ratio', 'interval_half_widths',
+           'useful_lead', 'write_report']
 
 # %% ../nbs/20_lstm_baseline.ipynb #x20c
 import json
@@ -224,7 +224,7 @@ def show_table(
     return wide.loc[list(dict.fromkeys(table.model))]
 
 # %% ../nbs/20_lstm_baseline.ipynb #c20r
-def plot_errors(
+def _plot_errors(
     errors: dict, # model -> (n,) RMSD, nm
     title: str,
     ax=None,
@@ -273,7 +273,7 @@ def interval_half_widths(
     return np.quantile(e, min(1., np.ceil((len(e) + 1)*coverage)/len(e)), axis=0)
 
 # %% ../nbs/20_lstm_baseline.ipynb #sp21c
-def covered(
+def _covered(
     model: Forecaster,
     windows: Windows,
     half_widths: np.ndarray, # (window, N, 3) nm
@@ -308,7 +308,7 @@ def write_report(
     figures['errors.png'], axes = plt.subplots(1, len(c.leads), figsize=(3.5*len(c.leads), 3), layout='constrained',
                                                squeeze=False)
     drawn = [m for m in c.models if m in ('static', 'ar', *NETWORKS)]
-    for ax, l in zip(axes[0], c.leads): plot_errors({m: c.errors[l, m] for m in drawn}, f'lead {l*step:g} ps', ax)
+    for ax, l in zip(axes[0], c.leads): _plot_errors({m: c.errors[l, m] for m in drawn}, f'lead {l*step:g} ps', ax)
     for name, figure in figures.items():
         with writing(directory/name) as tmp: figure.savefig(tmp, dpi=150, format='png')
         plt.close(figure)

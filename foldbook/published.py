@@ -7,7 +7,7 @@ Docs: https://foldbook.github.io/foldbook/published_propagator.html.md"""
 # %% auto #0
 __all__ = ['PAPER', 'Sentence', 'as_motion', 'single_chains', 'Drift', 'Sentences', 'fill_up', 'sentences', 'step_errors',
            'log_loss', 'PublishedOptions', 'Published', 'load_published', 'train', 'rollout', 'rmsd_profile',
-           'delta_rmsd', 'score_controls', 'noise_calibration', 'plot_training', 'plot_profiles']
+           'delta_rmsd', 'score_controls', 'noise_calibration', 'plot_training']
 
 # %% ../nbs/32_published_propagator.ipynb #p32c
 from contextlib import contextmanager
@@ -422,7 +422,7 @@ def plot_training(history: list, # as `Published.history`
     return ax
 
 # %% ../nbs/32_published_propagator.ipynb #w32c
-def plot_profiles(compared: dict, # of data/published.json: RMSD curves in Å by run and part
+def _plot_profiles(compared: dict, # of data/published.json: RMSD curves in Å by run and part
                   runs: dict,     # run -> label
                   axes=None):
     "The paper's picture: RMSD of the whole and of each chain; molecular dynamics solid, made trajectories dotted."

@@ -6,8 +6,8 @@ Docs: https://foldbook.github.io/foldbook/windows.html.md"""
 
 # %% auto #0
 __all__ = ['ATOMS', 'PROCESSES', 'positions', 'superposed', 'mean_structure', 'Windows', 'Problem', 'forecasting_problem', 'rmsd',
-           'one_frame_optimum', 'best_linear_error', 'best_step_error', 'GaussianProcess', 'relaxation', 'oscillator',
-           'driven', 'read_positions']
+           'one_frame_optimum', 'best_linear_error', 'GaussianProcess', 'relaxation', 'oscillator', 'driven',
+           'read_positions']
 
 # %% ../nbs/19_windows.ipynb #wi19a005
 from dataclasses import dataclass
@@ -211,7 +211,7 @@ def best_linear_error(
     return float(np.sqrt(max(0., g[0] - c @ np.linalg.lstsq(toeplitz(g[:history]), c, rcond=None)[0])))
 
 # %% ../nbs/19_windows.ipynb #sp06c
-def best_step_error(
+def _best_step_error(
     g: np.ndarray, # autocovariance of the steps at lags 0, 1, ...
     lead: int, # frames
     history: int, # frames, so one step fewer
@@ -249,7 +249,7 @@ class GaussianProcess:
 
     def optimum(self, lead: int, history: int) -> float: # root mean square error per coordinate
         "Error of the best forecast of a lead, from the last frames of a history."
-        best = best_linear_error if self.drift is None else best_step_error
+        best = best_linear_error if self.drift is None else _best_step_error
         return best(self.autocovariance(lead + history + 1), lead, history)
 
 # %% ../nbs/19_windows.ipynb #y20f
