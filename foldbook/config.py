@@ -194,9 +194,14 @@ def new_featurizer(config: Config,
                    inputs: Inputs
                   ):
     "What turns frames into the columns of a run."
-    from foldbook.structures import load_native
     from foldbook.features import model_contacts, named
-    return named(config.features, load_native(inputs.native), model_contacts(inputs.topology))
+    from foldbook.structures import has_side_chains, load_native
+    native, contacts = load_native(inputs.native), model_contacts(inputs.topology)
+    if contacts is None and not has_side_chains(native.topology):
+        raise ValueError(f'{inputs.native} has C-alphas only, and native contacts are told from heavy atoms: give '
+                         f'--native with all heavy atoms, or put model.json of foldbook simulate go beside '
+                         f'{inputs.topology}')
+    return named(config.features, native, contacts)
 
 def _check_expressions(config, inputs):
     "Names of features and the two conditions, on the native structure."

@@ -138,7 +138,7 @@ def info(
 # %% ../nbs/11_data.ipynb #409f0f53
 def table(
     kind: str | None = None, # one of the four kinds; default all
-) -> 'pd.DataFrame': # index: name
+): # pandas.DataFrame, index: name
     "The register: one row a data set."
     import pandas as pd
     rows = [dict(name=d.name, kind=d.kind, MB=None if d.size is None else round(d.size/1e6, 1),

@@ -85,7 +85,7 @@ def loss_value(
 # %% ../nbs/41e_objectives.ipynb #d5d6ecd3
 def variational(
     network, # windows to log-odds
-    windows, # frame numbers to windows: `distill.Windows`
+    windows, # frame numbers to windows: `networks.Windows`
     flags: torch.Tensor, # float (N,): 0, 1 or -1
     ends: tuple, # int64 (N,), twice: where the window forward and the window backward of each frame end; -1 for none
     index: torch.Tensor, # (B,) interior frames

@@ -30,7 +30,7 @@ class Frames:
     "Positions and forces of one trajectory, on disk until a part is asked for."
     xyz: OnDisk                             # (T, N, 3) nm
     forces: OnDisk | None = None            # (T, N, 3) kJ/mol/nm
-    topology: 'md.Topology | None' = None   # N atoms
+    topology: object = None                 # md.Topology of the N atoms
     spacing_ps: float | None = None         # ps between frames
     temperature_kelvin: float | None = None
     replica: int | None = None              # number of the independent run
@@ -41,7 +41,7 @@ class Frames:
     def trajectory(self,
                    start: int = 0,          # first frame
                    stop: int | None = None, # frame after the last; default all
-                   step: int = 1) -> 'md.Trajectory': # nm; ps, or frame numbers where the spacing is unknown
+                   step: int = 1): # md.Trajectory; nm; ps, or frame numbers where the spacing is unknown
         "Some of the frames in memory."
         import mdtraj as md
         part = slice(start, stop, step)

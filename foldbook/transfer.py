@@ -78,6 +78,7 @@ class ResidueTokens:
         contacts=None, # (n, 2) residue pairs; None: the model's, else those of the structure
     ):
         from foldbook import features
+        from foldbook.structures import load_native
         self.featurizer = features.named(_COLUMNS, native, contacts) # makes the columns that are needed
         f = self.featurizer.features
         self.columns = {k: [c for c, n in enumerate(f.names) if n.startswith(p)] for k, p in _KINDS.items()}
@@ -85,7 +86,7 @@ class ResidueTokens:
         self.n_residues = len(place)
         self.pairs = np.array([[place[a] for a in f.atoms[c]] for c in self.columns['contact']])
         is_file = isinstance(native, (str, Path))
-        structure = features.load_native(native) if is_file else getattr(native, 'native', native)
+        structure = load_native(native) if is_file else getattr(native, 'native', native)
         self.native = self._named(self.featurizer(structure))
 
     def _named(self, x): return {k: x[:, c] for k, c in self.columns.items()}

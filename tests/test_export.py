@@ -13,6 +13,7 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from foldbook import data, features
+from foldbook.frames import stream_frames
 from foldbook.go import shipped_model
 from foldbook.distill import Student
 from foldbook.export import (SMOOTH, Deployed, PairTerms, evaluate_features, openmm_force, pair_terms, plumed_input,
@@ -26,7 +27,7 @@ def villin():
     "A student with random targets: what is exported is checked, not what is learned."
     d, model = data.fetch('villin_go', progress=False), shipped_model('villin_go')
     rule = features.named(SMOOTH, str(d.topology))
-    t = next(data.stream_frames(d.trajectories[:1], model.native.topology, chunk=1500))[1]
+    t = next(stream_frames(d.trajectories[:1], model.native.topology, chunk=1500))[1]
     X = [rule(t)]
     rng = np.random.default_rng(0)
     S = [np.where(np.arange(len(t)) % 10 == 0, rng.integers(0, 2, len(t)), -1).astype(np.int8)]

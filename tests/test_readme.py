@@ -67,6 +67,7 @@ def own_files(tmp_path):
     villin, system = fetch('villin_go', progress=False), dw1d()
     for name, path in zip('abc', villin.trajectories): shutil.copy(path, tmp_path/f'{name}.xtc')
     shutil.copy(villin.topology, tmp_path/'native.pdb')
+    shutil.copy(villin.topology.with_name('model.json'), tmp_path)  # the contacts, which C-alphas do not tell
     _, (flags,), (q,) = system.observe(system.sample(50_000, seed=1))
     np.save(tmp_path/'rc.npy', q)
     np.save(tmp_path/'flags.npy', flags)
