@@ -24,13 +24,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
 from .base import natural_order, write_text, writing
 from .packing import unpack_run, unpack_trajectory
-if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/11_data.ipynb #43232f90
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from .base import ANGSTROM, FORCE, read_arrays
 from .data import DataSet, fetch, info
 from .frames import (Ensemble, OnDisk, blame, ca_chain, hdf_on_disk, load_topology, npy_on_disk, read_table,
                              read_trajectory)
-if TYPE_CHECKING: import mdtraj as md
 
 # %% ../nbs/17_sources.ipynb #a7883ab6
 @dataclass(frozen=True, eq=False)
