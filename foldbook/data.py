@@ -9,7 +9,6 @@ __all__ = ['File', 'DataSet', 'register', 'names', 'info', 'table', 'checksum', 
            'shipped_directory', 'LicenceNotice', 'fetch']
 
 # %% ../nbs/11_data.ipynb #8b76decd
-import errno
 import gzip
 import hashlib
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .base import natural_order, write_text, writing
+from .base import DISK_FULL, natural_order, write_text, writing
 from .packing import unpack_run, unpack_trajectory
 
 # %% ../nbs/11_data.ipynb #43232f90
@@ -273,13 +272,11 @@ def _append(partial, answer, start, total, progress):
             bar.update(len(block))
 
 # %% ../nbs/11_data.ipynb #a11c0013
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)}
-
 @contextmanager
 def _room(name, directory): # a full disk in one sentence
     try: yield
     except OSError as e:
-        if e.errno not in _FULL: raise
+        if e.errno not in DISK_FULL: raise
         raise OSError(e.errno, f'data set {name!r}: no space left in {directory} ({os.strerror(e.errno)}); free some '
                                f'there, or set FOLDBOOK_CACHE to a directory on a larger disk, and call this '
                                f'again') from e
@@ -313,7 +310,7 @@ def _download(d: DataSet, f: File, target: Path, progress: bool) -> Path:
     try:
         with _turn(target): return Path(pooch.retrieve(f.url, f.checksum, f.name, target, downloader=get))
     except OSError as e:
-        if e.errno in _FULL: raise
+        if e.errno in DISK_FULL: raise
         raise ConnectionError(f'data set {d.name!r}: cannot download {f.url} ({_why(e)}).{_kept(get)} Without a '
                               f'network here, {by_hand}.') from e
     except ValueError as e:
