@@ -207,12 +207,17 @@ def as_probability(
     inside = np.concatenate([x[s < 0] for x, s in zip(r, states)])
     if not len(inside): raise ValueError('no frame lies between the states, so there is nothing to map')
     a, b = (np.mean(np.concatenate([x[s == k] for x, s in zip(r, states)])) for k in (0, 1))
+    if a == b: raise ValueError('the coordinate does not vary from A to B: its mean is the same in both')
     value, rank = np.unique(np.quantile(np.sign(b - a) * inside, np.linspace(0.001, 0.999, 501)), return_index=True)
-    if len(value) < 2: raise ValueError('the coordinate does not tell A from B, or does not vary between them')
-    # half by value and half by rank, so that no stretch is too coarse
-    scale = (value - value[0]) / (value[-1] - value[0]) + rank / rank[-1]
-    u = [np.interp(np.sign(b - a) * x, value, scale / 2) for x in r]
-    return min((f(u, states) for f in (isotonic_map, chain_map)), key=lambda p: cut_profiles(p, states).t_max or 0)
+    if len(value) == 1: value, rank = value + np.array([-1, 0, 1]), np.arange(3)
+    # half by value and half by rank, so that no stretch is too coarse; A and B lie one step beyond the outer values
+    beyond = np.r_[2*value[0] - value[1], value, 2*value[-1] - value[-2]]
+    place = np.r_[2*rank[0] - rank[1], rank, 2*rank[-1] - rank[-2]]
+    scale = sum((v - v[0]) / (v[-1] - v[0]) for v in (beyond, place)) / 2
+    u = [np.interp(np.sign(b - a) * x, beyond, scale) for x in r]
+    least = least_probability(states)
+    maps = [clamp([np.clip(p, least, 1 - least) for p in f(u, states)], states) for f in (isotonic_map, chain_map)]
+    return min(maps, key=lambda p: cut_profiles(p, states).t_max or 0)
 
 # %% ../nbs/41a_maps.ipynb #0eda7ff7
 @njit(cache=True)
