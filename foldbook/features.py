@@ -26,10 +26,11 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 from .base import check_choice, read_json
-from .frames import DamagedFile, atoms_in_file, load_topology, read_frames
+from .bonds import Molecule, ca_atoms, protein_atoms
+from .frames import DamagedFile, atoms_in_file, even_spacing, kept_frames, load_topology, read_frames
 from .histograms import plot_surface
-from .structures import (TOLERANCE, apart, atom_labels, ca_atoms, ca_contacts, chain_numbers, contact_fraction,
-    has_side_chains, heavy_atoms, load_native, match_atoms, native_contacts, protein_atoms, residue_labels, touching)
+from .structures import (TOLERANCE, apart, atom_labels, ca_contacts, chain_numbers, contact_fraction,
+    has_side_chains, heavy_atoms, load_native, match_atoms, native_contacts, residue_labels, touching)
 from .workers import map_jobs
 
 # %% ../nbs/13_features.ipynb #be003cfd
@@ -40,6 +41,7 @@ class Features:
     units: tuple # (F,) of str, '' where there is none
     atoms: tuple # (F,) tuples of atom labels such as 'LEU21-CA'
     skipped: tuple = () # frames of each file that `stream` left out because they were damaged
+    spacing_ps: float | None = None # between the frames that `stream` read, None if unknown
 
     def __len__(self): return len(self.names)
     def __add__(self, other):
@@ -64,7 +66,8 @@ class Features:
     def from_json(cls, text: str) -> 'Features':
         "Read what `to_json` wrote."
         d = json.loads(text)
-        return cls(tuple(d['names']), tuple(d['units']), tuple(map(tuple, d['atoms'])), tuple(d.get('skipped', ())))
+        return cls(tuple(d['names']), tuple(d['units']), tuple(map(tuple, d['atoms'])), tuple(d.get('skipped', ())),
+                   d.get('spacing_ps'))
 
     def describe(self):
         "Pandas table: name, unit and atoms of each column."
@@ -510,46 +513,10 @@ def fitting_topology(
                      f'the last atom is {atom_labels(topology, [-1])[0]}): give the structure file that belongs to '
                      f'this trajectory')
 
-# %% ../nbs/13_features.ipynb #9e426819
-# (n, 2) atoms that must be close: C-alphas in sequence, or the bonds of a molecule too small for that
-def _neighbours(topology):
-    # where files have no chain names
-    ends = {r.index for r in topology.residues for a in r.atoms if a.name in ('OXT', 'OT2', 'OC2')}
-    ca = [topology.atom(int(i)) for i in ca_atoms(topology)]
-    beads = [(a.index, b.index) for a, b in zip(ca, ca[1:])
-             if a.residue.chain is b.residue.chain and a.residue.index not in ends]
-    return np.array(beads or [(a.index, b.index) for a, b in topology.bonds], int).reshape(-1, 2)
-
-# %% ../nbs/13_features.ipynb #5b0beae8
-def _faults(t, neighbours): # what is wrong with frames: flags (T,), atom (T,), text
-    nan = np.zeros(len(t), bool)
-    if not (finite := np.isfinite(t.xyz)).all():
-        nan = ~finite.all((1, 2))
-        yield nan, finite.all(2).argmin(1), 'its position is not a number; the frame is damaged'
-    if not len(neighbours): return
-    d = md.compute_distances(t, neighbours, periodic=False) # nm
-    worst, typical = neighbours[d.argmax(1), 0], d[min(len(d) - 1, int(nan.argmin()))]
-    usual, far, every = 0.38 if len(ca_atoms(t.topology)) > 1 else 0.13, d.max(1), np.ones(len(d), bool)
-    if np.median(typical) > 2.5*usual:
-        yield every, worst, (f'its neighbour is {far[0]:.1f} nm away, and most are that far: the positions look like '
-                             f'ångströms; divide them by 10')
-    if np.median(typical) < 0.25*usual:
-        yield every, worst, (f'its neighbour is {far[0]:.3f} nm away, and most are that near: the positions were '
-                             f'divided by 10 once too often, or the file is empty; nm are needed')
-    cut = far > _half_box(t)
-    if cut.any():
-        yield cut, worst, (f'its neighbour is {far[cut][0]:.1f} nm away: if the molecule is split across the box, '
-                           f'read it with periodic=True, else the frame is damaged')
-
-def _half_box(t): # nm, (T,) or a number: longer than any bond
-    if t.unitcell_lengths is None: return 5.
-    shortest = t.unitcell_lengths.min(1)
-    return np.minimum(5., np.where(shortest > 0, shortest/2, 5.))
-
 # %% ../nbs/13_features.ipynb #8af0b37f
-def _check(path, first, t, neighbours, damaged): # flags (T,) of frames to keep; raises, or warns, at the first bad one
+def _check(path, first, t, molecule, damaged): # flags (T,) of frames to keep; raises, or warns, at the first bad one
     good = np.ones(len(t), bool)
-    for bad, atom, what in _faults(t, neighbours):
+    for bad, atom, what in molecule.faults(t, first):
         k = int(bad.argmax())
         message = f'{path}: frame {first + k}, atom {atom_labels(t.topology, [atom[k]])[0]}: {what}'
         if damaged != 'skip' or bad.all() and len(bad) > 1:
@@ -558,31 +525,25 @@ def _check(path, first, t, neighbours, damaged): # flags (T,) of frames to keep;
         good &= ~bad
     return good
 
-# %% ../nbs/13_features.ipynb #b0abd57e
-def _whole(path, t, neighbours): # molecules put together across the box, chains next to each other
-    if t.unitcell_vectors is None:
-        raise ValueError(f'{path}: periodic=True needs a periodic box, and this file has none; leave it out')
-    if not t.topology.n_bonds: return t.make_molecules_whole(sorted_bonds=neighbours.astype(np.int32))
-    molecules = t.topology.find_molecules()
-    if len(molecules) == 1: return t.make_molecules_whole()
-    return t.image_molecules(anchor_molecules=molecules, other_molecules=[])
-
 # %% ../nbs/13_features.ipynb #e14be67c
-# one file: (T, F), frames left out
-def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, progress):
+# one file: (T, F), frames left out, ps between frames
+def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, progress, spacing_ps, restart):
     path = Path(path)
     topology = fitting_topology(path, topology)
     # at most 360 MB of positions
     atoms, chunk = protein_atoms(topology), max(1, min(chunk, 30_000_000//topology.n_atoms))
     protein = topology if len(atoms) == topology.n_atoms else topology.subset(atoms)
-    rows, neighbours = featurizer.bind(protein), _neighbours(protein)
-    out, n, skipped = [], 0, 0
+    rows, molecule = featurizer.bind(protein), Molecule(protein)
+    out, n, skipped, numbers, clock = [], 0, 0, [], []
     with tqdm(desc=path.name, unit='frame', disable=not progress) as bar:
         try:
             for t in read_frames(path, topology, chunk, None if protein is topology else atoms):
-                if periodic: t = _whole(path, t, neighbours)
-                good = _check(path, n, t, neighbours, damaged)
-                wanted = good & ((n + np.arange(len(t))) % stride == 0)
+                if periodic: t = molecule.whole(path, t)
+                good = _check(path, n, t, molecule, damaged)
+                number = n + np.arange(len(t))
+                wanted = good & ((number % stride == 0) | (restart == 'cut'))
+                clock.append(t.time)
+                numbers.append(number[wanted])
                 if not wanted.all(): t = md.Trajectory(t.xyz[wanted], t.topology)
                 if len(t): out.append(_numbers(path, n + np.flatnonzero(wanted), rows(t), featurizer.features))
                 n, skipped = n + len(good), skipped + int((~good).sum())
@@ -591,7 +552,11 @@ def _featurize(path, topology, featurizer, chunk, stride, periodic, damaged, pro
             if damaged != 'skip' or not out: raise DamagedFile(f'{e}, or pass damaged="skip" to use these') from e
             warnings.warn(str(e), stacklevel=2)
     if not out: raise ValueError(f'{path}: frame 0: no whole frame is left')
-    return np.concatenate(out), skipped
+    keep, times = kept_frames(path, np.concatenate(clock), spacing_ps, restart)
+    step = None if times is None else even_spacing([times], [str(path)])
+    x = np.concatenate(out)
+    if restart == 'cut': x = x[np.isin(np.concatenate(numbers), keep[::stride])]
+    return x, skipped, step and step*stride
 
 # %% ../nbs/13_features.ipynb #6dfc2b4e
 def _numbers(path, frame, x, features): # features of whole frames are numbers
@@ -609,20 +574,25 @@ def stream(
     stride: int = 1, # keep every so many-th frame
     periodic: bool = False, # make molecules whole across the periodic box first
     damaged: str = 'raise', # or 'skip': leave out damaged frames, warn and count them
+    spacing_ps: float | None = None, # between the frames of the files; default as they say
+    restart: str = 'refuse', # 'cut': where time goes back, later frames replace earlier ones
     client=None, # `distributed.Client`: one task a file; default this process
     progress: bool = True,
 ) -> tuple: # list of float32 (T, F), Features
     "Features of trajectory files; raises `ValueError` naming file, frame and atom of the first damage."
     check_choice('damaged', damaged, ('raise', 'skip'))
+    check_choice('restart', restart, ('refuse', 'cut'))
     if stride < 1 or chunk < 1: raise ValueError(f'stride {stride} and chunk {chunk} must be at least 1')
     files = [files] if isinstance(files, (str, Path)) else list(files)
     if not files: raise ValueError('no trajectory file was given')
     options = dict(topology=load_topology(topology), featurizer=featurizer, chunk=chunk, stride=stride,
-                   periodic=periodic, damaged=damaged, progress=progress and client is None)
+                   periodic=periodic, damaged=damaged, progress=progress and client is None, spacing_ps=spacing_ps,
+                   restart=restart)
     jobs = [dict(path=f, **options) for f in files]
     made = map_jobs(_featurize, jobs, client, 1, 'features', 'file', progress and client is not None)
-    arrays, skipped = zip(*made)
-    return list(arrays), replace(featurizer.features, skipped=skipped)
+    arrays, skipped, steps = zip(*made)
+    spacing = even_spacing([[0, s] for s in steps if s], [str(f) for f, s in zip(files, steps) if s])
+    return list(arrays), replace(featurizer.features, skipped=skipped, spacing_ps=spacing)
 
 # %% ../nbs/13_features.ipynb #f2ea4e72
 def plot_series(

@@ -6,7 +6,9 @@ Docs: https://foldbook.github.io/foldbook/frames.html.md"""
 
 # %% ../nbs/08_frames.ipynb #c2f72b45
 from __future__ import annotations
+import ctypes
 import glob
+import os
 import re
 import struct
 import warnings
@@ -21,13 +23,14 @@ from typing import TYPE_CHECKING, Callable, Iterator
 import numpy as np
 from tqdm.auto import tqdm
 
-from .base import natural_order, write_array
+from .base import check_choice, natural_order, write_array
+from .bonds import Molecule, standard_topology
 if TYPE_CHECKING: import mdtraj as md
 
 # %% auto #0
-__all__ = ['find_files', 'blame', 'load_topology', 'atoms_in_file', 'ca_chain', 'DamagedFile', 'read_frames', 'stream_frames',
-           'read_trajectory', 'even_spacing', 'Ensemble', 'read_ensemble', 'OnDisk', 'npy_on_disk', 'hdf_on_disk',
-           'read_table', 'read_series']
+__all__ = ['find_files', 'blame', 'load_topology', 'first_frame', 'atoms_in_file', 'ca_chain', 'DamagedFile', 'read_frames',
+           'stream_frames', 'even_spacing', 'spacing_of', 'kept_frames', 'after_restarts', 'read_trajectory',
+           'Ensemble', 'read_ensemble', 'OnDisk', 'npy_on_disk', 'hdf_on_disk', 'read_table', 'read_series']
 
 # %% ../nbs/08_frames.ipynb #7588258d
 def find_files(
@@ -61,14 +64,26 @@ def blame(
 def load_topology(
     topology: str | Path | md.Topology | md.Trajectory, # a file that names the atoms, or what was read from one
 ) -> md.Topology:
-    "The atoms of a trajectory. Raises `FileNotFoundError`, or `ValueError` on a file without a topology."
-    if not isinstance(topology, (str, Path)): return getattr(topology, 'topology', topology)
+    """The atoms of a trajectory, as `standard_topology` has them. Raises `FileNotFoundError`, or `ValueError` on a file
+    without a topology."""
+    if not isinstance(topology, (str, Path)): return standard_topology(getattr(topology, 'topology', topology))
     import mdtraj as md
     if not Path(topology).exists(): raise FileNotFoundError(f'{topology}: no such topology file')
-    try: return md.load_topology(str(topology))
-    except _BROKEN as e:
+    try:
+        gro = Path(topology).suffix.lower() == '.gro'
+        found = first_frame(topology).topology if gro else md.load_topology(str(topology))
+    except (*_BROKEN, NotImplementedError) as e:
         raise ValueError(f'{topology}: no topology can be read from it ({e}); give a PDB file or another that names '
                          f'the atoms') from e
+    return standard_topology(found, topology)
+
+def first_frame(
+    path: str | Path, # a file with names and positions
+) -> md.Trajectory: # as it is in the file
+    "Its first frame."
+    import mdtraj as md
+    if Path(path).suffix.lower() != '.gro': return md.load_frame(str(path), 0)
+    with md.formats.GroTrajectoryFile(str(path)) as f: return f.read_as_traj(n_frames=1)
 
 # %% ../nbs/08_frames.ipynb #88e8a90b
 def atoms_in_file(
@@ -78,7 +93,9 @@ def atoms_in_file(
     "Number of atoms in the first frame. Raises `FileNotFoundError`, or `ValueError` on a file without a whole frame."
     import mdtraj as md
     if not Path(path).exists(): raise FileNotFoundError(f'{path}: no such trajectory file')
-    try: return next(md.iterload(str(path), top=topology, chunk=1)).n_atoms
+    try:
+        with _silent(Path(path).suffix.lower() == '.dcd'):
+            return next(md.iterload(str(path), top=topology, chunk=1)).n_atoms
     except StopIteration: raise ValueError(f'{path}: frame 0: the file has no frames') from None
     except _BROKEN as e:
         if m := re.search(r'supplied\s*\(\d+, (\d+), 3\)', str(e)): return int(m[1])
@@ -140,8 +157,27 @@ def _picked(topology, atoms): # indices or None
 # %% ../nbs/08_frames.ipynb #d061f168
 def _pieces(path, topology, atoms, chunk, skip=0):
     import mdtraj as md
-    for t in md.iterload(str(path), top=topology, chunk=chunk, skip=skip, atom_indices=atoms):
+    pieces = iter(md.iterload(str(path), top=topology, chunk=chunk, skip=skip, atom_indices=atoms))
+    while True:
+        with _silent(Path(path).suffix.lower() == '.dcd'): t = next(pieces, None)
+        if t is None: return
         for i in range(0, len(t), chunk): yield t if len(t) <= chunk else t[i:i + chunk] # .gro comes in one piece
+
+@contextmanager
+def _silent(wanted): # the reader of dcd files, which is not in Python, talks to standard output
+    if not wanted:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try: yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 # %% ../nbs/08_frames.ipynb #0f42e8e7
 def _cut_short(path, n, atoms): # why a file that seemed to end well did not, or ''
@@ -193,40 +229,31 @@ def stream_frames(
     atoms: np.ndarray | str | None = None, # indices, or a selection such as 'name CA'; default all
     progress: bool = False,
     stride: int = 1,       # keep every n-th frame
+    periodic: bool = False, # make molecules whole across the box first
 ) -> Iterator[tuple]:
     """(Number of the trajectory, `mdtraj.Trajectory` of at most `chunk` frames) for each piece. Raises `ValueError`
-    on a damaged file, naming file and frame."""
+    on a damaged file, and on frames that do not hold whole molecules in the order of the topology, naming file and
+    frame."""
     if chunk < 1 or stride < 1: raise ValueError(f'chunk={chunk} and stride={stride} must be at least 1')
     files = [files] if isinstance(files, (str, Path)) else list(files)
     topology = None if topology is None else load_topology(topology)
     with tqdm(unit='frame', disable=not progress) as bar:
         for k, path in enumerate(files):
-            n = 0
-            for piece in read_frames(path, topology, chunk, atoms):
-                _check_numbers(path, n, piece)
+            n, molecule = 0, None
+            for piece in read_frames(path, topology, chunk, None if periodic else atoms):
+                molecule = molecule or Molecule(piece.topology)
+                if periodic: piece = molecule.whole(path, piece)
+                _check_frames(path, n, piece, molecule)
+                if periodic and (picked := _picked(piece.topology, atoms)) is not None: piece = piece.atom_slice(picked)
                 first, n = -n % stride, n + len(piece)
                 bar.update(len(piece))
                 if first < len(piece): yield k, piece if stride == 1 else piece[first::stride]
 
 # %% ../nbs/08_frames.ipynb #ecffb0f9
-def _check_numbers(path, first, piece):
-    bad = ~np.isfinite(piece.xyz).all(axis=2)
-    if bad.any():
-        frame, atom = np.argwhere(bad)[0]
-        raise ValueError(f'{path}: frame {first + frame}, atom {piece.topology.atom(int(atom))}: position is not a '
-                         f'number')
-
-# %% ../nbs/08_frames.ipynb #1e6acd01
-def read_trajectory(
-    path: str | Path, # one trajectory file
-    topology: str | Path | md.Topology | md.Trajectory | None = None, # as for `load_topology`; None: the file's own
-    stride: int = 1, # keep every n-th frame
-    atoms: np.ndarray | str | None = None, # indices, or a selection such as 'name CA'; default all
-) -> md.Trajectory:
-    "A trajectory in memory. Raises `ValueError` on a damaged file, naming file and frame."
-    import mdtraj as md
-    pieces = [piece for _, piece in stream_frames(path, topology, atoms=atoms, stride=stride)]
-    return pieces[0] if len(pieces) == 1 else md.join(pieces, check_topology=False)
+def _check_frames(path, first, piece, molecule):
+    for bad, atom, what in molecule.faults(piece, first):
+        k = int(bad.argmax())
+        raise ValueError(f'{path}: frame {first + k}, atom {piece.topology.atom(int(atom[k]))}: {what}')
 
 # %% ../nbs/08_frames.ipynb #93a56716
 def even_spacing(
@@ -241,8 +268,10 @@ def even_spacing(
         slack = 0.01*abs(step) + 4*np.spacing(np.float32(np.abs(t).max(initial=0.)))
         if (odd := np.abs(np.diff(t) - step) > slack).any():
             i = int(odd.argmax())
+            if t[i + 1] <= t[i]: raise ValueError(_goes_back(name, t, i))
             raise ValueError(f'{name}: frame {i + 1} comes {t[i + 1] - t[i]:g} ps after the frame before it, most '
-                             f'come {step:g} ps after; trajectories of one even spacing are needed: cut the file there')
+                             f'come {step:g} ps after: the spacing changes there, or frames are missing; trajectories '
+                             f'of one even spacing are needed: cut the file there')
         if step: found[name] = float(f'{(t[-1] - t[0])/(len(t) - 1):.7g}') # single precision has no more digits
     first = next(iter(found), None)
     for name, step in found.items():
@@ -250,6 +279,78 @@ def even_spacing(
             raise ValueError(f'{name}: {step:g} ps between frames, {first} has {found[first]:g}; trajectories of one '
                              f'spacing are needed: thin the finer one with a stride')
     return found.get(first)
+
+def _goes_back(name, t, i):
+    return (f'{name}: time goes back at frame {i + 1}, from {t[i]:g} to {t[i + 1]:g} ps: the run was continued from an '
+            f'earlier checkpoint, or files were joined; --restart cut (restart="cut") keeps the later of the frames '
+            f'that overlap')
+
+# %% ../nbs/08_frames.ipynb #0847f979
+def spacing_of(
+    path: str | Path, # for the error
+    times: np.ndarray | None, # (T,) ps, None where they are unknown
+) -> float: # ps
+    "Time between the frames of one file. Raises `ValueError` where it is unknown or uneven."
+    step = None if times is None else even_spacing([times], [str(path)])
+    if step is None and (times is None or len(times) > 1):
+        raise ValueError(f'{path}: holds no times, so the spacing of its frames is unknown: give it with --spacing '
+                         f'(spacing_ps=), in ps')
+    return step or 0.
+
+# %% ../nbs/08_frames.ipynb #afbfc2ff
+_TIMELESS = ('.dcd', '.mdcrd', '.crd', '.xyz', '.lammpstrj', '.arc', '.binpos', '.pdb', '.ent', '.cif', '.gro', '.lh5')
+
+def kept_frames(
+    path: str | Path, # of the file, whose format may have no times
+    times: np.ndarray, # (T,) ps, as they were read
+    spacing_ps: float | None = None, # if given, the times are not looked at
+    restart: str = 'refuse', # 'cut': where time goes back, later frames replace earlier ones
+) -> tuple: # indices of the frames to keep, their times; None where they are unknown
+    "Which frames of a file belong to one run. Raises `ValueError` where time goes back, naming file and frame."
+    times, every = np.asarray(times, float), np.arange(len(times))
+    if spacing_ps: return every, spacing_ps*every
+    timeless = Path(str(path).removesuffix('.gz')).suffix.lower() in _TIMELESS
+    if timeless or len(times) > 1 and np.ptp(times) == 0: return every, None
+    back = np.flatnonzero(np.diff(times) <= 0)
+    if len(back) and restart != 'cut': raise ValueError(_goes_back(path, times, back[0]))
+    keep = after_restarts(times)
+    if len(keep) < len(times):
+        warnings.warn(f'{path}: {len(times) - len(keep)} frames were repeated after a restart; the later ones are kept',
+                      stacklevel=3)
+    return keep, times[keep]
+
+# %% ../nbs/08_frames.ipynb #ef933aa3
+def after_restarts(
+    times: np.ndarray, # (T,) as they stand in a file
+) -> np.ndarray: # indices of those that no later one replaces
+    "Of frames that a restarted run wrote twice, the later ones."
+    least = np.minimum.accumulate(np.r_[np.inf, times[::-1]])[:-1][::-1] # of all later times
+    slack = 1e-6*np.abs(np.diff(times)).max(initial=0)
+    return np.flatnonzero(times < least - slack)
+
+# %% ../nbs/08_frames.ipynb #1e6acd01
+def read_trajectory(
+    path: str | Path, # one trajectory file
+    topology: str | Path | md.Topology | md.Trajectory | None = None, # as for `load_topology`; None: the file's own
+    stride: int = 1, # keep every n-th frame
+    atoms: np.ndarray | str | None = None, # indices, or a selection such as 'name CA'; default all
+    periodic: bool = False, # make molecules whole across the box first
+    spacing_ps: float | None = None, # between frames; default as the file says
+    restart: str = 'refuse', # 'cut': where time goes back, later frames replace earlier ones
+    timed: bool = False, # raise where the spacing is unknown
+) -> md.Trajectory:
+    """A trajectory in memory. Raises `ValueError` on a damaged file, on one whose time goes back, and with `timed` on
+    one that holds no time, naming file and frame."""
+    import mdtraj as md
+    early = stride if restart == 'refuse' else 1
+    pieces = [piece for _, piece in stream_frames(path, topology, atoms=atoms, stride=early, periodic=periodic)]
+    t = pieces[0] if len(pieces) == 1 else md.join(pieces, check_topology=False)
+    keep, times = kept_frames(path, t.time, spacing_ps and spacing_ps*early, restart)
+    keep, times = keep[::stride//early], times if times is None else times[::stride//early]
+    if len(keep) < len(t): t = t[keep]
+    if timed: spacing_of(path, times)
+    if times is not None: t.time = times
+    return t
 
 # %% ../nbs/08_frames.ipynb #bbd4ca47
 @dataclass(frozen=True, eq=False)
@@ -277,21 +378,27 @@ def read_ensemble(
     stride: int = 1, # keep every n-th frame
     periodic: bool = False, # make molecules whole across the box first
     progress: bool = False,
-) -> Ensemble: # values float32 (T, N, 3), nm
-    "Positions of some atoms, read piece by piece. Raises `ValueError` on a damaged file, naming file and frame."
+    spacing_ps: float | None = None, # between frames; default as the files say
+    restart: str = 'refuse', # 'cut': where time goes back, later frames replace earlier ones
+    timed: bool = False, # raise where the spacing is unknown
+) -> Ensemble: # values float32 (T, N, 3), nm; no times where the files hold none
+    """Positions of some atoms, read piece by piece. Raises `ValueError` on a damaged file, and on one whose time goes
+    back, naming file and frame."""
     files = [files] if isinstance(files, (str, Path)) else list(files)
+    check_choice('restart', restart, ('refuse', 'cut'))
+    early = stride if restart == 'refuse' else 1
     x, times = [[] for _ in files], [[] for _ in files]
-    for k, piece in stream_frames(files, topology, atoms=None if periodic else atoms, progress=progress, stride=stride):
-        if periodic: piece = _in_one_piece(files[k], piece, atoms)
+    for k, piece in stream_frames(files, topology, atoms=atoms, progress=progress, stride=early, periodic=periodic):
         x[k].append(piece.xyz)
         times[k].append(piece.time)
-    return Ensemble(list(map(np.concatenate, x)), list(map(np.concatenate, times)), sources=tuple(map(str, files)))
-
-def _in_one_piece(path, piece, atoms):
-    if piece.unitcell_vectors is None:
-        raise ValueError(f'{path}: periodic=True needs a periodic box, and this file has none; leave it out')
-    picked, whole = _picked(piece.topology, atoms), piece.make_molecules_whole()
-    return whole if picked is None else whole.atom_slice(picked)
+    values, clocks = list(map(np.concatenate, x)), list(map(np.concatenate, times))
+    kept = [kept_frames(f, t, spacing_ps and spacing_ps*early, restart) for f, t in zip(files, clocks)]
+    values = [v if len(i) == len(v) and stride == early else v[i[::stride//early]] for v, (i, _) in zip(values, kept)]
+    for f, (_, t) in zip(files, kept):
+        if timed: spacing_of(f, t)
+    known = all(t is not None for _, t in kept)
+    times = [t[::stride//early] for _, t in kept] if known else None
+    return Ensemble(values, times, sources=tuple(map(str, files)))
 
 # %% ../nbs/08_frames.ipynb #19e91bcb
 class OnDisk:

@@ -26,7 +26,8 @@ from PeptideBuilder.PeptideBuilder import calculateCoordinates
 from scipy.spatial import cKDTree
 
 from .base import derived_seed, writing
-from .structures import ALIASES, ISOSTERIC, MAIN_CHAIN, mirrored, read_structure
+from .bonds import ALIASES, ISOSTERIC
+from .structures import MAIN_CHAIN, mirrored, read_structure
 
 # %% ../nbs/14_molecules.ipynb #c225c281
 LETTERS = 'ACDEFGHIKLMNPQRSTVWY' # the twenty amino acids

@@ -24,7 +24,8 @@ from torch.nn import functional
 
 from .committor import as_ensemble, check_states, outcomes, previous_outcomes
 from .scores import log_loss
-from .structures import ca_atoms, find_atoms
+from .bonds import ca_atoms
+from .structures import find_atoms
 from .networks import Windows
 from .zq import cut_profiles
 

@@ -16,7 +16,8 @@ from Bio.Data.PDBData import protein_letters_3to1
 from Bio.PDB.ic_data import hedra_defaults
 from pdbfixer.pdbfixer import substitutions
 
-from .structures import ALIASES, ATOM_ALIASES, MAIN_CHAIN, Structure, mirrored
+from .bonds import ALIASES, ATOM_ALIASES
+from .structures import MAIN_CHAIN, Structure, mirrored
 
 # %% ../nbs/29_templates.ipynb #ee98fde8
 SIDE_CHAINS = {k: (int(n), atoms) for k, n, atoms in (line.split(maxsplit=2) for line in '''

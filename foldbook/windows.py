@@ -19,7 +19,7 @@ from scipy.linalg import expm, toeplitz
 
 from .base import check_choice, check_least
 from .frames import load_topology, read_ensemble
-from .structures import ca_atoms
+from .bonds import ca_atoms
 
 # %% ../nbs/19_windows.ipynb #x20e
 ATOMS = ('ca', 'carbon', 'heavy', 'all')
@@ -286,9 +286,12 @@ def read_positions(
     stride: int = 1, # keep every n-th frame
     periodic: bool = False, # make molecules whole across the box
     progress: bool = False,
+    spacing_ps: float | None = None, # between frames; default as the files say
+    restart: str = 'refuse', # 'cut': where time goes back, later frames replace earlier ones
 ) -> tuple: # list of float32 (T, N, 3) per file, nm; ps per kept frame
-    """Positions from files, read piece by piece. Raises `ValueError` naming file and frame for damaged ones, or ones
-    with another spacing than the first."""
+    """Positions from files, read piece by piece. Raises `ValueError` naming file and frame for damaged ones, ones
+    without times, or ones with another spacing than the first."""
     topology = load_topology(topology)
-    read = read_ensemble(files, topology, _chosen(topology, atoms), stride, periodic, progress)
-    return read.values, read.spacing_ps or float(stride)
+    read = read_ensemble(files, topology, _chosen(topology, atoms), stride, periodic, progress, spacing_ps, restart,
+                         timed=True)
+    return read.values, read.spacing_ps or 0.

@@ -6,7 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from foldbook import features as ft
-from foldbook.structures import ca_atoms, find_atoms, load_native, match_atoms, native_contacts, protein_atoms
+from foldbook.bonds import ca_atoms, protein_atoms
+from foldbook.structures import find_atoms, load_native, match_atoms, native_contacts
 
 SEQUENCE = 'ALKEIFKWLKEAGR'
 

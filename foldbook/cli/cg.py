@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import Group, Lists, Out, Seed, app, bars, note
+from .core import Group, Lists, Out, Periodic, Seed, app, bars, note
 
 # %% ../../nbs/61e_cli_cg.ipynb #c9cg0001
 _cg_app = typer.Typer(cls=Group, no_args_is_help=True, help='Coarse-grained potentials: prior, train, simulate, '
@@ -100,10 +100,11 @@ def _cg_train(sources: _Sources,
           f'prior {rest["prior"]:.4f}, with the network {rest["network"]:.4f}')
 
 # %% ../../nbs/61e_cli_cg.ipynb #c9cg0006
-def _bead_frames(files, top):
+def _bead_frames(files, top, periodic=False):
     "C-alpha frames of trajectory or structure files."
     from foldbook.frames import find_files, read_trajectory
-    t = [read_trajectory(f, None if str(f).endswith('.pdb') else top or files[0]) for f in find_files(files)]
+    own = ('.pdb', '.gro', '.h5')
+    t = [read_trajectory(f, None if f.suffix in own else top or files[0], periodic=periodic) for f in find_files(files)]
     ca = t[0].topology.select('name CA')
     if not len(ca): raise ValueError(f'{files[0]}: no C-alpha atom')
     return [x.atom_slice(ca) for x in t]
@@ -119,6 +120,7 @@ def _cg_simulate(model: Annotated[Path, typer.Argument(help='Directory that fold
                                                         'their frames taken evenly.')]=...,
                 top: Annotated[str, typer.Option('--top',
                                                  help='Structure that names the atoms of trajectory files.')]='',
+                periodic: Periodic=False,
                 out: Out=...,
                 replicas: Annotated[int, typer.Option(min=1, help='In one batch.')]=32,
                 steps: Annotated[int, typer.Option(min=1,
@@ -140,7 +142,7 @@ def _cg_simulate(model: Annotated[Path, typer.Argument(help='Directory that fold
     import mdtraj
     from foldbook.cg import Potential
     from foldbook.cgsim import PAPER, RunOptions, mutated, run_beads
-    p, frames = Potential.load(model), mdtraj.join(_bead_frames(traj, top))
+    p, frames = Potential.load(model), mdtraj.join(_bead_frames(traj, top, periodic))
     names = mutated(tuple(r.name for r in frames.topology.residues), *(mutate or []))
     T = tuple(temperature) if temperature else (p.temperature or 350.,)
     o = replace(PAPER, seed=seed, device=device) if paper else RunOptions(T[0] if len(T) == 1 else T,
@@ -159,6 +161,7 @@ def _cg_simulate(model: Annotated[Path, typer.Argument(help='Directory that fold
 def _cg_compare(run: Annotated[Path, typer.Argument(help='Directory that foldbook cg simulate wrote.')],
                traj: Annotated[list[str], typer.Option('--traj', help='Reference trajectories.')]=...,
                top: Annotated[str, typer.Option('--top', help='Native structure.')]=...,
+               periodic: Periodic=False,
                out: Out=...,
                lag: Annotated[int, typer.Option(min=1,
                                                 help='Frames of the reference, of TICA and its Markov model.')]=20,
@@ -171,7 +174,7 @@ def _cg_compare(run: Annotated[Path, typer.Argument(help='Directory that foldboo
     from foldbook.base import writing
     from foldbook.cgsim import Run
     from foldbook.cgcompare import compare, fit_landscape, plot_surfaces
-    reference, native, r = [t.xyz for t in _bead_frames(traj, top)], _bead_frames([top], top)[0][0], Run.load(run)
+    reference, native, r = [t.xyz for t in _bead_frames(traj, top, periodic)], _bead_frames([top], top)[0][0], Run.load(run)
     if r.names[0] != tuple(a.name for a in native.topology.residues):
         note('the run is of another sequence than --top: a mutant')
     L = fit_landscape(reference, native, lag, states, n_clusters=clusters)

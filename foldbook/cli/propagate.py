@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import Group, Lists, Out, Processes, Scheduler, Seed, app, bars, client_of
+from .core import Group, Lists, Out, Periodic, Processes, Restart, Scheduler, Seed, Spacing, Stride, app, bars, client_of
 
 # %% ../../nbs/61d_cli_propagate.ipynb #f0c20b
 @app.command(cls=Lists, epilog='Examples: [bold]foldbook forecast[/bold] is chignolin at rest, by an LSTM.\n'
@@ -34,7 +34,7 @@ def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='T
              atoms: Annotated[str, typer.Option(help='ca, carbon, heavy or all.')]='ca',
              stride: Annotated[int, typer.Option(min=1, help='Keep every n-th frame.')]=1,
              align: Annotated[bool, typer.Option(help='Superpose on the mean structure of the training part.')]=True,
-             periodic: Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]=False,
+             periodic: Periodic=False, spacing: Spacing=None, restart: Restart='refuse',
              out: Out=Path('runs/forecast/default'), seed: Seed=0, workers: Processes=None, scheduler: Scheduler=''):
     "Forecast the motion of atoms, and say how much better than nothing it is."
     from foldbook.data import fetch
@@ -45,7 +45,7 @@ def forecast(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='T
         raise ValueError('--traj and --top go together: the trajectories and a structure with the same atoms')
     if not traj: shipped = fetch(data, progress=bars())
     files, names = (find_files(traj), top) if traj else (shipped.trajectories, shipped.topology)
-    series, step = read_positions(files, names, atoms, stride, periodic, bars())
+    series, step = read_positions(files, names, atoms, stride, periodic, bars(), spacing, restart)
     models = tuple(FORECASTERS) if model and 'all' in model else ('mean', 'shrink', 'ar', *(model or ['lstm']))
     options = {m: dict(seed=seed) for m in models if m in NETWORKS}
     result = compare(series, tuple(dict.fromkeys(lead or LEADS)), models, history, align, options, out,
@@ -64,18 +64,18 @@ _propagate_app = typer.Typer(cls=Group, no_args_is_help=True, help='A stochastic
                                    "model[/bold], then run, evaluate")
 app.add_typer(_propagate_app, name='propagate')
 
-def _trajectories(patterns, top='', stride=1): # of files with their own topology, or with that of `top`
+def _trajectories(patterns, top='', **how): # of files with their own topology, or with that of `top`
     from foldbook.frames import find_files, read_trajectory
-    return [read_trajectory(f, top or None, stride) for f in find_files(patterns)]
+    return [read_trajectory(f, top or None, **how) for f in find_files(patterns)]
 
-def _motions(systems, stride): # name -> Motion
+def _motions(systems, **how): # name -> Motion
     from foldbook.frames import find_files
     from foldbook.motions import motion
     found = {}
     for pattern in systems:
         name = Path(find_files([pattern])[0]).stem.rsplit('-', 1)[0]
         if name in found: raise ValueError(f'--system {pattern}: another system is called {name} too; name files apart')
-        found[name] = motion(_trajectories([pattern], stride=stride))
+        found[name] = motion(_trajectories([pattern], **how))
     return found
 
 # %% ../../nbs/61d_cli_propagate.ipynb #c9pr0002
@@ -92,7 +92,7 @@ def _propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='F
                     top: Annotated[str, typer.Option('--top', help='Structure that names the atoms of --traj.')]='',
                     lag: Annotated[Optional[list[int]], typer.Option(min=1, help='Frames a jump; several times for '
                         'several. Default 1.')]=None,
-                    stride: Annotated[int, typer.Option(min=1, help='Keep every n-th frame.')]=1,
+                    stride: Stride=1, periodic: Periodic=False, spacing: Spacing=None, restart: Restart='refuse',
                     start: Annotated[str, typer.Option(help='own: a linear start for each molecule; typical: one for '
                                                             'each kind of residue.')]='own',
                     width: Annotated[int, typer.Option(help='Of a token.')]=64,
@@ -108,7 +108,8 @@ def _propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='F
     from foldbook.motions import motion
     if bool(system) == bool(traj) or bool(traj) != bool(top):
         raise ValueError('give --system, or --traj and --top together')
-    motions = _motions(system, stride) if system else {Path(top).stem: motion(_trajectories(traj, top, stride))}
+    how = dict(stride=stride, periodic=periodic, spacing_ps=spacing, restart=restart, timed=True)
+    motions = _motions(system, **how) if system else {Path(top).stem: motion(_trajectories(traj, top, **how))}
     p = Propagator(lags=tuple(lag or [1]), start=start, width=width, layers=layers, steps=steps, batch_size=batch_size,
                    cartesian=cartesian, accelerator=accelerator, seed=seed).fit(motions, progress=bars(),
                                                                                 directory=out/'training')
@@ -124,6 +125,7 @@ def _propagate_run(model: Annotated[Path, typer.Argument(help='Directory that fo
                   start: Annotated[str, typer.Option(help='Frames to start from, taken evenly; and those that say '
                                                           'what is in bounds.')]=...,
                   top: Annotated[str, typer.Option('--top', help='Structure that names the atoms of --start.')]='',
+                  periodic: Periodic=False,
                   molecule: Annotated[str, typer.Option(help='One that it was trained on, or a new name with a model '
                                                         'of --start typical; default the only one.')]='',
                   frames: Annotated[int, typer.Option(min=1, help='Of each replica.')]=1000,
@@ -140,7 +142,7 @@ def _propagate_run(model: Annotated[Path, typer.Argument(help='Directory that fo
     from foldbook.motions import motion
     p = load_propagator(model)
     name = molecule or next(iter(p.motions))
-    m = motion(_trajectories([start], top), p.motions.get(name))
+    m = motion(_trajectories([start], top, periodic=periodic, spacing_ps=p.step), p.motions.get(name))
     if name not in p.motions: p.adopt(name, m)
     x = torch.cat(m.series)
     made = run(p, name, x[torch.linspace(0, len(x) - 1, replicas).long()], frames, lag,
@@ -163,15 +165,17 @@ def _propagate_evaluate(traj: Annotated[list[str], typer.Option('--traj', help='
                            'spacing as the made trajectories.')]=...,
                        reference_top: Annotated[str, typer.Option(help='Structure that names the atoms of both, where '
                            'files do not.')]='',
+                       periodic: Periodic=False, spacing: Spacing=None, restart: Restart='refuse',
                        lag: Annotated[int, typer.Option(min=1, help='Frames, of slow modes.')]=5,
                        out: Out=..., seed: Seed=0):
     "Set made trajectories beside molecular dynamics, the best linear dynamics, and controls that must fail."
     from foldbook.base import writing
     from foldbook.propagation import bounds_of, evaluate
     from foldbook.motions import motion
-    known = motion(_trajectories([train], reference_top))
-    table = evaluate({'made': motion(_trajectories(traj, top), known)}, known,
-                     motion(_trajectories([reference], reference_top), known), lag, bounds_of(known), seed)
+    how = dict(periodic=periodic, spacing_ps=spacing, restart=restart, timed=True)
+    known = motion(_trajectories([train], reference_top, **how))
+    table = evaluate({'made': motion(_trajectories(traj, top, timed=True), known)}, known,
+                     motion(_trajectories([reference], reference_top, **how), known), lag, bounds_of(known), seed)
     with writing(out/'evaluation.csv') as temporary: table.to_csv(temporary)
     print(table.drop(columns='fault').astype(float).round(3).to_string())
     for name, fault in table.fault.items(): print(f'{name}: {fault}')
