@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Callable, Iterator
 import numpy as np
 from tqdm.auto import tqdm
 
-from .base import check_choice, natural_order, write_array
+from .base import check_choice, natural_order
 from .bonds import Molecule, standard_topology
 if TYPE_CHECKING: import mdtraj as md
 
 # %% auto #0
 __all__ = ['find_files', 'blame', 'load_topology', 'first_frame', 'atoms_in_file', 'ca_chain', 'DamagedFile', 'read_frames',
            'stream_frames', 'even_spacing', 'spacing_of', 'kept_frames', 'after_restarts', 'read_trajectory',
-           'Ensemble', 'read_ensemble', 'OnDisk', 'npy_on_disk', 'hdf_on_disk', 'read_table', 'read_series']
+           'Ensemble', 'read_ensemble', 'OnDisk', 'npy_on_disk', 'hdf_on_disk']
 
 # %% ../nbs/08_frames.ipynb #7588258d
 def find_files(
@@ -441,65 +441,3 @@ def hdf_on_disk(
 def _hdf_part(path, where, i):
     import h5py
     with h5py.File(path) as h: return h[where][i]
-
-# %% ../nbs/08_frames.ipynb #23f9245d
-def read_table(
-    path: str | Path, # text, also compressed; lines that begin with # are comments
-    dtype: str = 'float64',
-    columns: int | None = None, # wanted, and then no number may be missing
-    keep: bool = False, # leave the numbers beside the text as .npy, which later calls map instead of reading again
-) -> np.ndarray: # (T, F)
-    "Columns of numbers. Raises `ValueError` naming the file, and the first line that is not numbers."
-    path, kept = Path(path), Path(f'{path}.npy')
-    if keep and kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime: return np.load(kept, mmap_mode='r')
-    x = _numbers(path, dtype)
-    if columns not in (None, x.shape[1]):
-        raise ValueError(f'{path}: has {x.shape[1]} columns, but {columns} are wanted')
-    if columns and (bad := ~np.isfinite(x).all(axis=1)).any():
-        raise ValueError(f'{path}: row {bad.argmax() + 1} of {len(x)} has not {columns} numbers; the file is damaged '
-                         f'or cut short, copy or fetch it again')
-    return np.load(write_array(kept, x), mmap_mode='r') if keep else x
-
-def _numbers(path, dtype):
-    import pandas as pd
-    try: return pd.read_csv(path, sep=r'\s+', header=None, comment='#', dtype=dtype, engine='c').to_numpy()
-    except pd.errors.EmptyDataError: raise ValueError(f'{path}: is empty') from None
-    except _BROKEN as e: raise ValueError(f'{path}: {_bad_line(path) or f"cannot be read ({e})"}') from None
-
-def _bad_line(path): # which line is not numbers, or has another number of columns than the first
-    columns = None
-    if Path(path).suffix in ('.bz2', '.gz', '.xz', '.zip', '.zst'): return ''
-    with open(path, errors='replace') as f:
-        for i, line in enumerate(f, 1):
-            words = line.split('#')[0].split()
-            try: list(map(float, words))
-            except ValueError: return f'line {i} cannot be read as numbers: {line.strip()[:60]!r}'
-            columns = columns or len(words)
-            if words and len(words) != columns:
-                return f'line {i} has {len(words)} columns, the lines before have {columns}'
-
-# %% ../nbs/08_frames.ipynb #df79f508
-def read_series(
-    path: str | Path, # .npy, or text with one number a line; name:2 is the second column of a table
-) -> np.ndarray: # (T,)
-    """One number a frame. Raises `FileNotFoundError`, or `ValueError` naming the file and line, when it is not one
-    column of numbers."""
-    path, column = _split_column(path)
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such file')
-    x = _npy_array(path) if path.suffix == '.npy' else read_table(path)
-    if column:
-        if x.ndim != 2 or column > x.shape[1]:
-            raise ValueError(f'{path}: has shape {x.shape}, so there is no column {column}')
-        x = x[:, column - 1]
-    x = np.atleast_1d(np.squeeze(x))
-    if x.ndim == 1: return x
-    raise ValueError(f'{path}: has shape {x.shape}; one number a frame is needed (write {path}:2 for the second '
-                     f'column)')
-
-def _split_column(path): # 'colvar:2' -> Path('colvar'), 2, unless there is a file of that name
-    name, _, column = str(path).rpartition(':')
-    return (Path(name), int(column)) if name and column.isdigit() and not Path(path).exists() else (Path(path), None)
-
-def _npy_array(path):
-    try: return np.load(path, allow_pickle=False)
-    except _BROKEN as e: raise ValueError(f'{path}: cannot be read as a .npy array ({e})') from None

@@ -215,7 +215,7 @@ def as_probability(
     place = np.r_[2*rank[0] - rank[1], rank, 2*rank[-1] - rank[-2]]
     scale = sum((v - v[0]) / (v[-1] - v[0]) for v in (beyond, place)) / 2
     u = [np.interp(np.sign(b - a) * x, beyond, scale) for x in r]
-    least = least_probability(states)
+    least = 1 / (len(inside) + 2)
     maps = [clamp([np.clip(p, least, 1 - least) for p in f(u, states)], states) for f in (isotonic_map, chain_map)]
     return min(maps, key=lambda p: cut_profiles(p, states).t_max or 0)
 

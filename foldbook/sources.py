@@ -19,8 +19,9 @@ import numpy as np
 
 from .base import ANGSTROM, FORCE, read_arrays
 from .data import DataSet, fetch, info
-from .frames import (Ensemble, OnDisk, blame, ca_chain, hdf_on_disk, load_topology, npy_on_disk, read_table,
+from .frames import (Ensemble, OnDisk, blame, ca_chain, hdf_on_disk, load_topology, npy_on_disk,
                              read_trajectory)
+from .series import read_table
 
 # %% ../nbs/17_sources.ipynb #a7883ab6
 @dataclass(frozen=True, eq=False)

@@ -73,7 +73,7 @@ def test_help_names_every_command_without_heavy_imports():
 def test_zq_does_not_load_torch(series):
     code = ('import sys; from foldbook.cli import app\ntry: app(sys.argv[1:])\n'
             'except SystemExit as e: print(e.code, "torch" in sys.modules)')
-    done = subprocess.run([sys.executable, '-c', code, 'zq', 'q0.npy', '--states', 'f0.npy'], cwd=series, env=ENV,
+    done = subprocess.run([sys.executable, '-c', code, 'zq', 'q0.npy', '--labels', 'f0.npy'], cwd=series, env=ENV,
                           capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == '0 False', done.stderr
 
@@ -102,23 +102,25 @@ def series(tmp_path_factory):
     (home/'words.txt').write_text('not a number\n')
     (home/'bad.txt').write_text('# q\n0.1\n0.2\noops\n0.3\n')
     (home/'ragged.txt').write_text('0 0.1\n1 0.2\n2 0.3 7\n')
+    np.savetxt(home/'table.txt', np.zeros((60_000, 2)), fmt='%d')
     (home/'empty.txt').write_text('')
     p = system.sample(60_000, 1, seed=5)[0]
     x, s = system.coordinates[p, 0], system.states[p]
     (home/'colvar').write_text('#! FIELDS time q\n' + ''.join(f'{0.2*t:.1f} {v:.6f}\n'
                                                               for t, v in enumerate(system.committor[p])))
     np.savetxt(home/'colvar_flags.txt', s)
-    np.save(home/'raw.npy', 10 - 3*x)  # in a unit of its own, and falling from A to B
+    p = system.sample(240_000, 1, seed=5)[0]
+    np.save(home/'raw.npy', 10 - 3*system.coordinates[p, 0])  # in a unit of its own, and falling from A to B
     return home
 
 
 @pytest.mark.parametrize('line, code, words', [
-    ('q0.npy q1.npy --states f0.npy f1.npy', 0, 'PASS'),
-    ('--states f0.npy f1.npy q0.npy q1.npy', 0, 'PASS'),
-    ('q0.npy q1.npy --states f0.npy --states f1.npy --max-lag 16', 0, 'PASS'),
-    ('q0.txt q1.txt --states f0.txt f1.npy', 0, 'PASS'),
-    ('q*.npy --states f*.npy', 0, 'PASS'),
-    ('x0.npy x1.npy --states f0.npy f1.npy', 1, 'FAIL')])
+    ('q0.npy q1.npy --labels f0.npy f1.npy', 0, 'PASS'),
+    ('--labels f0.npy f1.npy q0.npy q1.npy', 0, 'PASS'),
+    ('q0.npy q1.npy --labels f0.npy --labels f1.npy --max-lag 16', 0, 'PASS'),
+    ('q0.txt q1.txt --labels f0.txt f1.npy', 0, 'PASS'),
+    ('q*.npy --labels f*.npy', 0, 'PASS'),
+    ('x0.npy x1.npy --labels f0.npy f1.npy', 1, 'FAIL')])
 def test_zq_verdict_and_exit_code(line, code, words, series, inside):
     done = inside('zq', *line.split(), cwd=series)
     assert done.returncode == code, done.stdout + done.stderr
@@ -129,24 +131,24 @@ def test_zq_verdict_and_exit_code(line, code, words, series, inside):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('q0.npy', ['--states']),
-    ('missing.npy --states f0.npy', ['missing.npy', 'no such file']),
-    ('q0.npy --states missing.npy', ['missing.npy']),
-    ('none*.npy --states f0.npy', ['none*.npy', 'no file matches']),
-    ('q0.npy q1.npy --states f0.npy', ['2 coordinate files', '1 file']),
-    ('short.npy --states f0.npy', ['short.npy', '59999', '60000']),
-    ('nan.npy --states f0.npy', ['77']),
-    ('two.npy --states f0.npy', ['two.npy', '(60000, 2)']),
-    ('words.txt --states f0.npy', ['words.txt', 'line 1', 'not a number']),
-    ('bad.txt --states f0.npy', ['bad.txt', 'line 4', 'oops']),
-    ('ragged.txt --states f0.npy', ['ragged.txt', 'line 3', '3 columns']),
-    ('empty.txt --states f0.npy', ['empty.txt', 'empty']),
-    ('colvar --states colvar_flags.txt', ['colvar:2']),
-    ('colvar:3 --states colvar_flags.txt', ['colvar', 'no column 3']),
-    ('raw.npy --folded "r>1"', ['--unfolded', '--states']),
-    ('q0.npy --states f0.npy --lengths 100', ['60000', '100']),
-    ('q0.npy --states three.npy', ['3']),
-    ('q0.npy --states f0.npy --max-lag 70000', ['65536', '60000'])])
+    ('q0.npy', ['--labels']),
+    ('missing.npy --labels f0.npy', ['missing.npy', 'no such file']),
+    ('q0.npy --labels missing.npy', ['missing.npy']),
+    ('none*.npy --labels f0.npy', ['none*.npy', 'no file matches']),
+    ('q0.npy q1.npy --labels f0.npy', ['2 coordinate files', '1 file']),
+    ('short.npy --labels f0.npy', ['short.npy', '59999', '60000']),
+    ('nan.npy --labels f0.npy', ['77']),
+    ('two.npy --labels f0.npy', ['two.npy', '(60000, 2)']),
+    ('words.txt --labels f0.npy', ['words.txt', 'line 1', 'not a number']),
+    ('bad.txt --labels f0.npy', ['bad.txt', 'line 4', 'oops']),
+    ('ragged.txt --labels f0.npy', ['ragged.txt', 'line 3', '3 columns']),
+    ('empty.txt --labels f0.npy', ['empty.txt', 'empty']),
+    ('table.txt --labels f0.npy', ['table.txt', 'table.txt:2']),
+    ('colvar:3 --labels colvar_flags.txt', ['colvar', 'no column 3']),
+    ('raw.npy --folded "r>1"', ['--unfolded', '--labels']),
+    ('q0.npy --labels f0.npy --lengths 100', ['60000', '100']),
+    ('q0.npy --labels three.npy', ['3']),
+    ('q0.npy --labels f0.npy --max-lag 70000', ['65536', '60000'])])
 def test_zq_bad_input(line, words, series, inside):
     done = inside('zq', *line.split(), cwd=series)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
@@ -154,20 +156,20 @@ def test_zq_bad_input(line, words, series, inside):
 
 
 def test_zq_without_any_transition_does_not_pass(series, inside):
-    assert inside('zq', 'q0.npy', '--states', 'interior.npy', cwd=series).returncode != 0
+    assert inside('zq', 'q0.npy', '--labels', 'interior.npy', cwd=series).returncode != 0
 
 
 def test_zq_writes_json_and_figure(series, inside):
-    assert inside('zq', 'q0.npy', '--states', 'f0.npy', '--json', 'z.json', '--figure', 'z.png',
+    assert inside('zq', 'q0.npy', '--labels', 'f0.npy', '--json', 'z.json', '--figure', 'z.png',
                   cwd=series).returncode == 0
     assert 't_max' in json.dumps(json.loads((series/'z.json').read_text()))
     assert (series/'z.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
 
 def test_zq_reads_a_column_of_a_table(series, inside):
-    done = inside('zq', 'colvar:2', '--states', 'colvar_flags.txt', '--bootstrap', '0', cwd=series)
+    done = inside('zq', 'colvar:2', '--labels', 'colvar_flags.txt', '--bootstrap', '0', cwd=series)
     assert done.returncode == 0 and 'verdict: pass' in done.stdout
-    from foldbook.frames import read_series
+    from foldbook.series import read_series
     with pytest.raises(FileNotFoundError, match='nothing.npy'): read_series('nothing.npy')
     np.testing.assert_allclose(read_series(series/'colvar:1')[:3], [0, 0.2, 0.4])
 
@@ -181,7 +183,7 @@ def test_zq_makes_flags_from_conditions_in_any_unit(series, inside):
 
 
 def test_zq_report_is_one_page_that_explains(series, inside):
-    assert inside('zq', 'x0.npy', '--states', 'f0.npy', '--report', 'z.html', '--bootstrap', '0',
+    assert inside('zq', 'x0.npy', '--labels', 'f0.npy', '--report', 'z.html', '--bootstrap', '0',
                   cwd=series).returncode == 1
     page = (series/'z.html').read_text()
     HTMLParser().feed(page)
@@ -197,15 +199,15 @@ def test_zq_of_short_stopped_trajectories(tmp_path, inside):
     for i, p in enumerate(system.sample(33, 300, 3, 'absorbed', start=start)):
         np.save(tmp_path/f'q{i:03d}.npy', system.committor[p])
         np.save(tmp_path/f'f{i:03d}.npy', system.states[p])
-    done = inside('zq', 'q*.npy', '--states', 'f*.npy', '--lengths', '33', cwd=tmp_path)
+    done = inside('zq', 'q*.npy', '--labels', 'f*.npy', '--lengths', '33', cwd=tmp_path)
     assert done.returncode == 0 and 'T_ne' in done.stdout and 'warning' not in done.stderr, done.stdout + done.stderr
-    assert 'warning: trajectories end whenever they arrive' in inside('zq', 'q*.npy', '--states', 'f*.npy',
+    assert 'warning: trajectories end whenever they arrive' in inside('zq', 'q*.npy', '--labels', 'f*.npy',
                                                                       cwd=tmp_path).stderr
 
 
 def test_debug_shows_the_traceback(series):
-    for line in (['zq', 'missing.npy', '--states', 'f0.npy', '--debug'],
-                 ['--debug', 'zq', 'missing.npy', '--states', 'f0.npy']):
+    for line in (['zq', 'missing.npy', '--labels', 'f0.npy', '--debug'],
+                 ['--debug', 'zq', 'missing.npy', '--labels', 'f0.npy']):
         assert 'Traceback' in foldbook(*line, cwd=series).stderr
 
 

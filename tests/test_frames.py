@@ -241,30 +241,6 @@ def test_npy_cut_anywhere_is_refused(tmp_path_factory, cut):
     with pytest.raises(ValueError, match='a.npy: cannot be read'): ff.npy_on_disk(path)
 
 
-@pytest.mark.parametrize('text, why', [('', 'is empty'), ('1 2\n3 4 5\n', 'line 2 has 3 columns'),
-                                       ('1\nnan?\n', 'line 2 cannot be read as numbers')])
-def test_bad_tables_are_named(tmp_path, text, why):
-    (tmp_path/'t.txt').write_text(text)
-    with pytest.raises(ValueError, match=f't.txt: {why}'): ff.read_series(tmp_path/'t.txt')
-
-
-def test_missing_numbers_are_named_where_columns_are_wanted(tmp_path):
-    (tmp_path/'t.txt').write_text('1 2\n3\n5 6\n')
-    with pytest.raises(ValueError, match='t.txt: row 2 of 3 has not 2 numbers'):
-        ff.read_table(tmp_path/'t.txt', columns=2)
-    with pytest.raises(ValueError, match='t.txt: has 2 columns, but 3 are wanted'):
-        ff.read_table(tmp_path/'t.txt', columns=3)
-
-
-def test_a_file_of_the_name_goes_before_a_column(tmp_path):
-    (tmp_path/'q:2').write_text('7\n')
-    np.save(tmp_path/'q.npy', np.arange(6.).reshape(3, 2))
-    assert ff.read_series(tmp_path/'q:2') == [7.] and (ff.read_series(f'{tmp_path}/q.npy:1') == [0, 2, 4]).all()
-    (tmp_path/'damaged.npy').write_bytes(b'no array')
-    with pytest.raises(ValueError, match='damaged.npy: cannot be read as a .npy array'):
-        ff.read_series(tmp_path/'damaged.npy')
-
-
 def test_import_is_light():
     code = 'import sys, foldbook.frames; print([m for m in ("mdtraj", "pandas", "h5py", "torch") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'

@@ -47,10 +47,12 @@ def _spread(args, names):
         out.append(a)
     return out
 
+_SEVERAL = ('--traj', '--series', '--labels', '--weights', '--columns', '--lead', '--model')
+
 class Lists(TyperCommand):
-    "A command whose --traj, --states, --lead and --model take several values."
+    "A command whose --traj, --labels, --series and such take several values."
     def parse_args(self, ctx, args):
-        return super().parse_args(ctx, _spread(args, ('--traj', '--states', '--lead', '--model')))
+        return super().parse_args(ctx, _spread(args, _SEVERAL))
 
 # %% ../../nbs/61_command_line.ipynb #a3e87d26
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=True, rich_markup_mode='rich',

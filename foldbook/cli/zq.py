@@ -11,46 +11,69 @@ __all__ = ['zq']
 from pathlib import Path
 from typing import Annotated, Optional
 
+import numpy as np
 import typer
 
-from .core import Lists, app, note
+from .core import Lists, Restart, Spacing, Stride, app, note
 
 # %% ../../nbs/61a_cli_zq.ipynb #0d84a05f
-def _series(files):
-    "Series of several files; what takes more than a moment is announced."
-    from foldbook.frames import read_series
-    found = []
-    for f in files:
-        note(f'reading {f}', Path(f).exists() and Path(f).stat().st_size > 5e7)
-        found.append(read_series(f))
-    return found
+def _ensemble(files, **how):
+    "Columns of several files; what takes more than a moment is announced."
+    from foldbook.series import read_columns, split_column
+    size = sum(split_column(f)[0].stat().st_size for f in files)
+    note(f'reading {len(files)} files', size > 5e7)
+    return read_columns(files, **how)
+
+def _lengths_agree(one, other, what):
+    for a, b, p, q in zip(one.values, other.values, one.sources, other.sources):
+        if len(a) != len(b):
+            raise ValueError(f'{p} has {len(a)} frames and {q} has {len(b)}: coordinate and {what} must be of the same '
+                             f'frames')
 
 # %% ../../nbs/61a_cli_zq.ipynb #2c94b2ef
-def _pair(coordinates, flags):
-    "Coordinate and flag files in pairs; `--states` written first takes all names, of which the first half are flags."
+def _pair(coordinates, flags, restart, **how):
+    "Coordinate and flag files in pairs; `--labels` written first takes all names, of which the first half are flags."
+    from foldbook.series import one_column
     if not coordinates and len(flags) % 2 == 0: flags, coordinates = flags[:len(flags)//2], flags[len(flags)//2:]
     if len(coordinates) != len(flags):
         raise ValueError(f'{len(coordinates)} coordinate files and {len(flags)} files of flags: one file of flags '
-                         f'(--states) for each coordinate file')
-    r, f = _series(coordinates), _series(flags)
-    for p, q, a, b in zip(coordinates, flags, r, f):
-        if len(a) != len(b):
-            raise ValueError(f'{p} has {len(a)} frames and {q} has {len(b)}: coordinate and flags must be of the same '
-                             f'frames')
-    return r, f
+                         f'(--labels) for each coordinate file')
+    e, f = _ensemble(coordinates, restart=restart, **how), _ensemble(flags, restart=restart)
+    _lengths_agree(e, f, 'flags')
+    return e, one_column(e), one_column(f)
 
 # %% ../../nbs/61a_cli_zq.ipynb #1a19cd8c
-def _with_conditions(coordinates, unfolded, folded):
-    "Series in any unit, their flags from two conditions on r, and the series mapped to probabilities."
+def _with_conditions(coordinates, unfolded, folded, restart, **how):
+    "Series in any unit, their flags from two conditions on columns, and the series mapped to probabilities."
     from foldbook.committor import states_from
     from foldbook.maps import as_probability
+    from foldbook.series import one_column, split_column
     if not coordinates or not (unfolded and folded):
-        raise ValueError('give the flags of the two states with --states, or both conditions on the series, such as '
+        raise ValueError('give the flags of the two states with --labels, or both conditions on the series, such as '
                          '--unfolded "r > 0.6" --folded "r < 0.2"')
-    r = _series(coordinates)
-    flags = states_from([x[:, None] for x in r], ['r'], unfolded, folded)
+    e = _ensemble(coordinates, restart=restart, **how)
+    r, whole = one_column(e), _ensemble([str(split_column(c)[0]) for c in coordinates], restart=restart, **how)
+    columns = [np.column_stack([x, v]) for x, v in zip(r, whole.values)]
+    flags = states_from(columns, ['r', *(n if n != 'r' else 'r_' for n in whole.names)], unfolded, folded)
     note('r is in its own unit: mapped to a probability by a monotone fit to the same frames before it is judged')
-    return as_probability(r, flags), flags
+    return e, as_probability(r, flags), flags
+
+def _weights(given, e, restart):
+    "Weights of the frames: a column of the coordinate files, or files of their own."
+    from foldbook.series import one_column
+    if not given: return None
+    if e.weights: return e.weights
+    w = _ensemble(given, restart=restart)
+    if len(w) != len(e): raise ValueError(f'{len(e)} series and {len(w)} files of --weights: one for each is needed')
+    _lengths_agree(e, w, 'weights')
+    return one_column(w)
+
+def _is_column(given): # one name that is no file
+    from foldbook.series import split_column
+    if len(given or []) != 1: return False
+    try: split_column(given[0])
+    except FileNotFoundError: return True
+    return False
 
 # %% ../../nbs/61a_cli_zq.ipynb #1b05761f
 def _zq_rows(z):
@@ -63,11 +86,12 @@ def _zq_rows(z):
     return list(columns), [[str(int(k)), *(f'{v:.3f}' for v in row[:3]), *(f'{v:.2f}' for v in row[3:])]
                            for k, *row in zip(*columns.values())]
 
-def _zq_summary(z, r, f):
+def _zq_summary(z, r, f, spacing=None):
     "Frames, transitions, statistics with their error, and the verdict in one line."
     from foldbook.scores import scores
     error = f' +- {z.t_max_se:.2f}' if z.t_max_se == z.t_max_se else ''
-    parts = [f'{z.n_frames} frames', f'{z.n_ab:g} transitions A to B']
+    every = f', {spacing:g} ps apart' if spacing else ''
+    parts = [f'{z.n_frames} frames{every}', f'{z.n_ab:g} transitions A to B']
     if z.t_max is not None: parts += [f'T_max {z.t_max:.2f}{error}', f'T_sd {z.t_sd:.2f}']
     if z.t_ne is not None: parts += [f'T_ne {z.t_ne:.2f}']
     try:
@@ -90,18 +114,23 @@ def _print_zq(z, summary):
     print(summary, textwrap.fill(explain(z), 118, break_on_hyphens=False), '', sep='\n')
 
 # %% ../../nbs/61a_cli_zq.ipynb #5391e951
-@app.command(cls=Lists, epilog='Example: [bold]foldbook zq rc0.npy rc1.npy --states flags0.npy flags1.npy[/bold]; '
+@app.command(cls=Lists, epilog='Example: [bold]foldbook zq rc0.npy rc1.npy --labels flags0.npy flags1.npy[/bold]; '
                                 'without flags: [bold]foldbook zq rmsd.txt --unfolded "r > 0.6" --folded "r < '
                                 '0.2"[/bold]')
 def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.npy...', help='Series of the '
     'coordinate, one file a trajectory: .npy or text (file:2 for the second column), 0 on A and 1 on B.')]=None,
-       states: Annotated[Optional[list[str]], typer.Option('--states', help='Flags of the same frames: 0 in A, 1 in '
+       labels: Annotated[Optional[list[str]], typer.Option('--labels', help='Flags of the same frames: 0 in A, 1 in '
                                                            'B, -1 elsewhere.')]=None,
        unfolded: Annotated[str, typer.Option(help='Instead of flags: condition for A on the series, which is called '
                                                   'r; the series may then be in any unit.')]='',
        folded: Annotated[str, typer.Option(help='Instead of flags: condition for B, such as "r < 0.2".')]='',
        lengths: Annotated[int, typer.Option(help='Frames granted to trajectories that were stopped on reaching A or '
                                                  'B; 0: none was stopped.')]=0,
+       weights: Annotated[Optional[list[str]], typer.Option('--weights', help='Statistical weight of each frame: a '
+                                                            'column of the files, or one file a trajectory.')]=None,
+       time: Annotated[Optional[str], typer.Option('--time', help='Column of times, by name or number; one called time '
+                                                   'is found.')]=None,
+       spacing: Spacing=None, restart: Restart='refuse', stride: Stride=1,
        max_lag: Annotated[int, typer.Option(help='End of the ladder of lags, frames; 0 lets the data decide.')]=0,
        bootstrap: Annotated[int, typer.Option(
            help='Resampled sets of cycles (of short trajectories) for the error bar.')]=100,
@@ -111,17 +140,20 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
        json_file: Annotated[Optional[Path], typer.Option('--json', help='Write every number to this file.')]=None):
     "Judge a coordinate of any program: is it the committor?"
     import warnings
-    import numpy as np
     from foldbook.frames import find_files
     from foldbook.verdicts import profile
     files = find_files(coordinates or [])
-    r, f = _pair(files, find_files(states)) if states else _with_conditions(files, unfolded, folded)
+    column = weights[0] if _is_column(weights) else None
+    how = dict(restart=restart, time=time, spacing_ps=spacing, stride=stride, weights=column)
+    e, r, f = (_pair(files, find_files(labels), **how) if labels else
+               _with_conditions(files, unfolded, folded, **how))
+    w = _weights(weights, e, restart)
     note(f'resampling {bootstrap} times', bootstrap and sum(map(len, r)) > 2e6)
     lags = 2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: note(f'warning: {message}')
-        z = profile(r, f, lags=lags, n_bootstrap=bootstrap, seed=seed, lengths=lengths or None)
-    summary = _zq_summary(z, r, f)
+        z = profile(r, f, lags=lags, n_bootstrap=bootstrap, seed=seed, lengths=lengths or None, weights=w)
+    summary = _zq_summary(z, r, f, e.spacing_ps)
     _print_zq(z, summary)
     if json_file: _write_zq_json(json_file, z)
     if figure: _write_zq_figure(figure, z)
