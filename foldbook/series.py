@@ -259,8 +259,8 @@ def read_series(
     name: str | Path, # as for `read_columns`, with one column
     restart: str = 'refuse', # 'cut': where time goes back, later rows replace earlier ones
 ) -> np.ndarray: # (T,)
-    """One number a frame. Raises `FileNotFoundError`, or `ValueError` naming file and line, when it is not one column of
-    numbers."""
+    """One number a frame. Raises `FileNotFoundError`, or `ValueError` naming file and line, when it is not one column
+    of numbers."""
     return one_column(read_columns(name, restart=restart))[0]
 
 def one_column(
@@ -282,8 +282,8 @@ def beside(
     first = parts[0]
     for e in parts[1:]:
         if len(e) != len(first):
-            raise ValueError(f'{len(first)} trajectories in {first.sources[0]}, ... and {len(e)} in {e.sources[0]}, ...: '
-                             f'descriptions of the same frames are needed')
+            raise ValueError(f'{len(first)} trajectories in {first.sources[0]}, ... and {len(e)} in {e.sources[0]}, '
+                             f'...: descriptions of the same frames are needed')
         for a, b, p, q in zip(first.values, e.values, first.sources, e.sources):
             if len(a) != len(b):
                 raise ValueError(f'{p} has {len(a)} frames and {q} has {len(b)}: both must be of the same frames')

@@ -15,7 +15,7 @@ import numpy as np
 
 from .committor import check_coordinate, clamp
 from .maps import beta_map, chain_map, isotonic_map
-from .scores import forecasts, paired_log_loss
+from .scores import base_log_loss, forecasts, paired_log_loss, scores
 from .zq import (LIMIT, Verdict, ZqResult, cut_profiles, cycle_bootstrap, excursions, is_short, law,
                          mean_transition_path, nominal_lengths, regular, studentised)
 
@@ -157,9 +157,22 @@ def _caution(result, states):
                 f'the level is below N_AB)')
     return ''
 
+def _judge_base(r, states):
+    "Fair, and of no use: forecasts that know no more than how often each state is reached."
+    r, states = _head(r, states)
+    value, outcome, _ = forecasts(r, states)
+    if not len(value) or not 0 < outcome.mean() < 1: return None
+    own, constant = scores(r, states).log_loss, base_log_loss(states)
+    if own > constant:
+        return Verdict('no better than a constant', False, f'Z_q finds no fault, but its log-loss is {own:.3f}, and '
+                                                           f'the share of outcomes, {outcome.mean():.2f} in every '
+                                                           f'frame, has {constant:.3f}', 'look for a coordinate that '
+                       'tells where a frame will go; a forecast can be fair and know nothing')
+
 def _judge_shape(result, r, states, reference, lengths):
     "Pass, or moves too much, or too little."
     t, n, caution = result.t_max, result.n_ab, _caution(result, states)
+    if t <= LIMIT and (none := _judge_base(r, states)): return none
     if t <= LIMIT:
         return Verdict('pass', True, f'T_max is {t:.2f} (limit {LIMIT}) and T_sd {result.t_sd:.2f} with {n:g} '
                                      f'transitions; the true committor does worse in {result.p_value:.0%} of '
@@ -191,6 +204,7 @@ def _judge_short(result, r, states, reference, lengths):
     t, n = result.t_ne, sum(len(excursions(x, s)[0]) for x, s in zip(r, states))
     note = '' if result.n_ab else '; T_max is not normalisable: no transition from A to B was counted'
     if _stopped(states, lengths): note += '; trajectories look stopped on arrival, and no nominal length was given'
+    if t <= LIMIT and (none := _judge_base(r, states)): return none
     if t <= LIMIT:
         return Verdict('pass', True, f'T_ne is {t:.2f} (limit {LIMIT}) over {n} excursions between the states; the '
                                      f'true committor does worse in {1 - law("t_ne", t):.0%} of samples{note}')
@@ -287,6 +301,10 @@ _PLAIN = {
                            'whenever the molecule arrives or leaves',
                            'Set it to 0 and 1 there, or, if it is in other units such as a distance, map it to a '
                            'probability first'),
+    'no better than a constant': ('The coordinate is fair and knows nothing: one number for every frame, the share of '
+                                  'the outcomes, forecasts as well',
+                                  'Give it features that tell the two states apart, and see whether its log-loss '
+                                  'falls on new trajectories'),
     'uses the future': ('The coordinate does better than anything can that does not know what happens next, so it has '
                         'seen later frames or the outcomes themselves',
                         'Judge it on trajectories that no fit has used, and remove every input from later frames, '

@@ -174,7 +174,8 @@ def _cg_compare(run: Annotated[Path, typer.Argument(help='Directory that foldboo
     from foldbook.base import writing
     from foldbook.cgsim import Run
     from foldbook.cgcompare import compare, fit_landscape, plot_surfaces
-    reference, native, r = [t.xyz for t in _bead_frames(traj, top, periodic)], _bead_frames([top], top)[0][0], Run.load(run)
+    reference, native = [t.xyz for t in _bead_frames(traj, top, periodic)], _bead_frames([top], top)[0][0]
+    r = Run.load(run)
     if r.names[0] != tuple(a.name for a in native.topology.residues):
         note('the run is of another sequence than --top: a mutant')
     L = fit_landscape(reference, native, lag, states, n_clusters=clusters)

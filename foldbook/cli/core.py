@@ -85,8 +85,8 @@ Scheduler = Annotated[str, typer.Option('--scheduler', help='Address of a Dask s
 
 Periodic = Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]
 Stride = Annotated[int, typer.Option('--stride', min=1, help='Keep every n-th frame.')]
-Spacing = Annotated[Optional[float], typer.Option('--spacing', help='Picoseconds between the frames of the files; default '
-                                                                    'as they say. Needed where they hold no times.')]
+Spacing = Annotated[Optional[float], typer.Option('--spacing', help='Picoseconds between the frames of the files; '
+                                                'default as they say. Needed where they hold no times.')]
 Restart = Annotated[str, typer.Option('--restart', help='refuse files whose time goes back, or cut: of frames that a '
                                                         'restarted run wrote twice, keep the later ones.')]
 

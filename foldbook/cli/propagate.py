@@ -13,7 +13,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import Group, Lists, Out, Periodic, Processes, Restart, Scheduler, Seed, Spacing, Stride, app, bars, client_of
+from .core import (Group, Lists, Out, Periodic, Processes, Restart, Scheduler, Seed, Spacing, Stride, app,
+                               bars, client_of)
 
 # %% ../../nbs/61d_cli_propagate.ipynb #f0c20b
 @app.command(cls=Lists, epilog='Examples: [bold]foldbook forecast[/bold] is chignolin at rest, by an LSTM.\n'
