@@ -19,6 +19,8 @@ MARKS = {  # file -> module and class that wrote it
     'residues.safetensors': ('transfer', 'ResidueStudent'),
     'committor.json': ('npne', 'NonparametricCommittor'),
     'formula.json': ('students', 'Formula'),
+    'MemoryCommittor.npz': ('memory', 'MemoryCommittor'),
+    'FirstCommittor.npz': ('memory', 'FirstCommittor'),
     'LogisticCommittor.npz': ('baselines', 'LogisticCommittor'),
     'MSMCommittor.npz': ('baselines', 'MSMCommittor'),
     'SlowModeCommittor.npz': ('baselines', 'SlowModeCommittor'),

@@ -23,18 +23,20 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from foldbook.base import (file_digest, jsonable, natural_order, read_json, write_array, write_json, write_text,
-    writing)
+from .base import (file_digest, jsonable, natural_order, read_json, versions, write_array, write_json,
+    write_text, writing)
 from .baselines import BASELINES, TicaCoordinate, baseline
 from .maps import DiffusiveCommittor, IsotonicCommittor
-from .committor import clamp, count_transitions, states_from
+from .memory import FirstCommittor, cross_fitted
+from .committor import check_states, clamp, count_transitions, states_from
 from .npne import held_out
-from .config import Config, check, new_featurizer, new_student, new_teacher
+from .config import Config, check, described_series, new_featurizer, new_student, new_teacher
+from .frames import even_spacing, spacing_of
 from foldbook.evaluate import (Candidate, Split, choose, headline, judge, leaderboard, over_seeds, read_leaderboard,
     split)
 from .workers import Workers, cores
 from .zq import cut_profiles, default_lags
-from .scores import error_budget
+from .scores import error_budget, scores
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ class RunFiles:
     def described(self):
         "Names and units of the features."
         from foldbook.features import Features
-        return Features.from_json((self.path/'features.json').read_text())
+        found = self.path/'features.json'
+        return Features.from_json((found if found.exists() else self.path/'columns.json').read_text())
 
     def save(self, folder: str, arrays: list) -> None:
         "Write a list of arrays, one a trajectory or block, to `folder/000.npy` ..."
@@ -93,9 +96,12 @@ class Run(RunFiles):
         stored = self.path/'config.json'
         if self.path.exists() and not stored.exists() and any(f.name != '.lock' for f in self.path.iterdir()):
             raise ValueError(f'{self.path} has files in it and is not a foldbook run: choose another --out')
-        if overwrite and self.path.exists(): shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
+        if overwrite: # nobody else writes there
+            for f in self.path.iterdir():
+                if f.is_dir() and not f.is_symlink(): shutil.rmtree(f)
+                elif f.name != '.lock': f.unlink()
         if stored.exists() and (changed := config.difference(Config.read(stored))):
             if not self._may_change({line.split(':')[0] for line in changed}):
                 self.close()
@@ -145,12 +151,13 @@ class Run(RunFiles):
         return self.mark(name, note | dict(stage_seconds=round(time.perf_counter() - start, 2)))
 
 # settings behind the features
-_BEFORE_STATES = {'data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'stride', 'max_frames'}
+_BEFORE_STATES = {'data', 'trajectories', 'topology', 'native', 'features', 'periodic', 'stride', 'max_frames',
+                  'series', 'labels', 'columns', 'time', 'spacing_ps', 'restart'}
 
 # %% ../nbs/60c_runs.ipynb #9157d9ce
 def _check_same_files(run, inputs):
     "Refuse to go on with files that are not those the run was started with."
-    found = [file_digest(f) for f in [*inputs.files, *dict.fromkeys((inputs.topology, inputs.native))]]
+    found = [file_digest(f) for f in [*inputs.files, *dict.fromkeys(filter(None, (inputs.topology, inputs.native)))]]
     if not (stored := run.path/'inputs.json').exists(): write_json(stored, found)
     for a, b in zip(read_json(stored), found):
         if a != b:
@@ -163,8 +170,9 @@ def _featurize(path, inputs, i):
     from foldbook.features import stream
     run = RunFiles(path)
     c, featurizer = run.config, new_featurizer(run.config, inputs)
-    x = stream([inputs.files[i]], inputs.topology, featurizer, stride=c.stride, periodic=c.periodic,
-               progress=False)[0][0]
+    (x,), described = stream([inputs.files[i]], inputs.topology, featurizer, stride=c.stride, periodic=c.periodic,
+                             progress=False, spacing_ps=c.spacing_ps, restart=c.restart)
+    write_json(run.path/'features'/f'{i:03d}.json', dict(spacing_ps=described.spacing_ps))
     write_array(run.path/'features'/f'{i:03d}.npy', x[:c.max_frames or None])
 
 def _tokenize(path, inputs, i):
@@ -174,7 +182,7 @@ def _tokenize(path, inputs, i):
     run = RunFiles(path)
     c, rule = run.config, ResidueTokens(inputs.native, model_contacts(inputs.topology))
     x = stream([inputs.files[i]], inputs.topology, rule.featurizer, stride=c.stride, periodic=c.periodic,
-               progress=False)[0][0]
+               progress=False, spacing_ps=c.spacing_ps, restart=c.restart)[0][0]
     write_array(run.path/'tokens'/f'{i:03d}.npy', rule(x[:c.max_frames or None]))
 
 # %% ../nbs/60c_runs.ipynb #dc0e0168
@@ -191,12 +199,57 @@ def _absolute(inputs):
                    native=inputs.native.resolve())
 
 def _features(run, inputs, workers):
+    if not inputs.topology: return _columns(run)
     _each_file(run, inputs, 'features', _featurize, workers)
     lengths = [len(np.load(f, mmap_mode='r')) for f in natural_order((run.path/'features').glob('[0-9]*.npy'))]
-    described = new_featurizer(run.config, inputs).features
+    steps = [read_json(f)['spacing_ps'] for f in natural_order((run.path/'features').glob('[0-9]*.json'))]
+    spacing = even_spacing([[0, s] for s in steps if s], [str(f) for f, s in zip(inputs.files, steps) if s])
+    spacing = spacing or (inputs.spacing_ps*run.config.stride if np.isfinite(inputs.spacing_ps) else None)
+    if spacing is None: spacing_of(inputs.files[0], None)
+    described = replace(new_featurizer(run.config, inputs).features, spacing_ps=spacing)
     write_text(run.path/'features.json', described.to_json() + '\n')
-    return dict(lengths=lengths, said=f'{len(described.names)} features of {sum(lengths):,} frames in '
-                                      f'{len(lengths)} trajectories')
+    return dict(lengths=lengths, spacing_ps=spacing, discrete=[],
+                said=f'{len(described.names)} features of {sum(lengths):,} frames in {len(lengths)} '
+                     f'trajectories{_apart(spacing)}')
+
+def _apart(spacing): return f', {spacing:g} ps apart' if spacing else ', whose time is unknown'
+
+def _columns(run):
+    "Columns of series, as they are; flags, if they were given."
+    from foldbook.features import Features
+    e, discrete, labels = described_series(run.config)
+    most = run.config.max_frames or None
+    run.save('columns', [np.asarray(v[:most], np.float32) for v in e.values])
+    if labels: run.save('labels', [v[:most] for v in labels])
+    spacing = e.spacing_ps
+    described = Features(e.names, e.units, tuple((n,) for n in e.names), (), spacing)
+    write_text(run.path/'columns.json', described.to_json() + '\n')
+    lengths = [len(v[:most]) for v in e.values]
+    states = f', {len(discrete)} of them states' if discrete else ''
+    return dict(lengths=lengths, spacing_ps=spacing, discrete=discrete,
+                said=f'{len(e.names)} columns{states} of {sum(lengths):,} frames in {len(lengths)} '
+                     f'trajectories{_apart(spacing)}')
+
+def _encode(run):
+    "Columns as a network reads them: states of a Markov model become its committor, cross-fitted on the training part."
+    from foldbook.features import Features
+    raw, states, s = run.load('columns'), run.load('states'), run.split
+    names = Features.from_json((run.path/'columns.json').read_text())
+    discrete = run.note('features')['discrete']
+    columns = [[x[:, k].astype(np.float64) for k in range(x.shape[1])] for x in raw]
+    for k in discrete:
+        x = [v[:, k] for v in raw]
+        train = s.take(x, 'train'), s.take(states, 'train')
+        values, model = cross_fitted(FirstCommittor, *train)
+        model.save(run.path/'models'/_slug(f'Markov model, {names.names[k]}'))
+        for i, r in enumerate(model.transform(x)): columns[i][k] = r
+        for b, r in zip(s.train, values):
+            i, start, stop = s.blocks[b]
+            columns[i][k][start:stop] = r
+    run.save('features', [np.stack(c, 1).astype(np.float32) for c in columns])
+    made = tuple(f'committor of {n}' if k in discrete else n for k, n in enumerate(names.names))
+    write_text(run.path/'features.json', replace(names, names=made, atoms=tuple((n,) for n in made)).to_json() + '\n')
+    return dict(said=', '.join(made[:8]) + (f' and {len(made) - 8} more' if len(made) > 8 else ''))
 
 def _tokens(run, inputs, workers):
     _each_file(run, inputs, 'tokens', _tokenize, workers)
@@ -205,15 +258,17 @@ def _tokens(run, inputs, workers):
 # %% ../nbs/60c_runs.ipynb #d9511630
 def _states(run, inputs, lengths):
     "Flags, split, and whether there is anything to learn from and to judge on."
-    features, s = run.load('features'), split(lengths, run.config.split_seed)
-    try: states = states_from(features, run.described, inputs.unfolded, inputs.folded)
-    except ValueError as e: raise ValueError(f'{e} ({_seen(features, run.described, inputs)})') from None
+    features, s = run.load('features' if inputs.topology else 'columns'), split(lengths, run.config.split_seed)
+    described, given = run.described, (run.path/'labels').exists()
+    try: states = check_states(run.load('labels')) if given else states_from(features, described, inputs.unfolded,
+                                                                             inputs.folded)
+    except ValueError as e: raise ValueError(f'{e} ({_seen(features, described, inputs)})') from None
     events = {part: count_transitions(s.take(states, part)) for part in ('train', 'validation', 'test')}
     for part, counts in events.items():
         if all(counts): continue
         raise ValueError(f'no complete folding and unfolding event in the {part} part (trajectories '
                          f'{", ".join(str(s.blocks[b][0]) for b in s.members(part))}; '
-                         f'{_seen(features, run.described, inputs)}). '
+                         f'{_seen(features, described, inputs)}). '
                          'Choose other --unfolded and --folded, another --split-seed, or more trajectories')
     run.save('states', states)
     write_json(run.path/'split.json', s)
@@ -243,6 +298,7 @@ def _timed(transform, features, states):
 # %% ../nbs/60c_runs.ipynb #5b919c3f
 def _one_dimensional(path):
     "RMSD, Q, Rg and TICA, each mapped two ways on the training part."
+    from foldbook.features import Features
     run, begin = RunFiles(path), time.perf_counter()
     s, described, features, states = run.split, run.described, run.load('features'), run.load('states')
     train, every = s.take(states, 'train'), s.take(states, 'all')
@@ -250,7 +306,8 @@ def _one_dimensional(path):
     tica.save(run.path/'models'/'tica')
     tica_seconds = time.perf_counter() - begin
     series = {n: [x[:, described.index(n)].astype(float) for x in features]
-              for n in ('RMSD', 'Q', 'Rg') if n in described.names}
+              for n in (('RMSD', 'Q', 'Rg') if 'Q' in described.names else _telling(described, s, features, states))
+              if n in described.names}
     series['TICA'] = tica.transform(features)
     notes = {}
     for name, x in series.items():
@@ -264,7 +321,24 @@ def _one_dimensional(path):
             size = len(fitted.q) + (int((tica.weights != 0).sum()) if name == 'TICA' else 0)
             notes[slug] = dict(name=f'{name}, {how}', kind='one-dimensional', parameters=size, seconds=seconds,
                                microseconds=us)
+    if not (run.path/'columns').exists(): return dict(candidates=notes)
+    named, raw = Features.from_json((run.path/'columns.json').read_text()).names, run.load('columns')
+    for k in run.note('features')['discrete']:
+        name = f'Markov model, {named[k]}'
+        fitted = FirstCommittor.load(run.path/'models'/_slug(name))
+        r, us = _timed(fitted.transform, s.take([x[:, k] for x in raw], 'all'), every)
+        run.save(f'r/{_slug(name)}', r)
+        notes[_slug(name)] = dict(name=name, kind='baseline', parameters=fitted.n_parameters, microseconds=us)
     return dict(candidates=notes)
+
+def _telling(described, s, features, states, most=8):
+    "Columns that tell best, on the training part, where a frame goes."
+    train, found = s.take(states, 'train'), {}
+    for k, name in enumerate(described.names):
+        x = s.take([v[:, k] for v in features], 'train')
+        low, high = min(v.min() for v in x), max(v.max() for v in x)
+        if high > low: found[name] = abs(scores([(v - low)/(high - low) for v in x], train).auc - .5)
+    return sorted(found, key=found.get, reverse=True)[:most]
 
 # %% ../nbs/60c_runs.ipynb #9b2ccfaf
 def _train_teacher(path, k=0):
@@ -319,11 +393,14 @@ def train_baseline(path: str | Path, # run directory
     """Fit one rival on the training part, chosen or stopped on the validation part; writes its model and r of every
     block."""
     start, run, slug = time.perf_counter(), RunFiles(path), _slug(name, k)
-    fitted = baseline(name, run.config.seed + k, run.config.lag)
-    fitted.fit(*run.part('train'), validation=run.part('validation'))
+    fitted, kind = baseline(name, run.config.seed + k, run.config.lag), 'features'
+    if name == 'memory' and (run.path/'columns').exists():
+        fitted.set_params(discrete=tuple(run.note('features')['discrete']))
+        kind = 'columns'
+    fitted.fit(*run.part('train', kind), validation=run.part('validation', kind))
     fitted.save(run.path/'models'/slug)
     seconds = time.perf_counter() - start
-    r, us = _timed(fitted.transform, *run.part('all'))
+    r, us = _timed(fitted.transform, *run.part('all', kind))
     run.save(f'r/{slug}', r)
     note = dict(name=BASELINES[name][0], kind='baseline', parameters=int(fitted.n_parameters), seconds=seconds,
                 microseconds=us, seed=k)
@@ -448,6 +525,7 @@ def _judge_all(run, inputs, notes):
     with writing(run.path/'leaderboard.csv') as temporary: table.drop(columns=lists).to_csv(temporary, index=False)
     head = headline(table, chosen)
     write_json(run.path/'leaderboard.json', dict(data=inputs.name, chosen=chosen, headline=head, lags=lags,
+                                                 spacing_ps=run.note('features').get('spacing_ps'),
                                                  rows=table.to_dict('records')))
     return dict(said=head)
 
@@ -461,6 +539,16 @@ def _distances(run, notes):
         found[slug] = error_budget([run.load(f'r/{slug}')[b] for b in s.train], teacher, train)
     return found
 
+# %% ../nbs/60c_runs.ipynb #a6383393
+def _tell_about(run, inputs, notes):
+    "Beside every model, what it needs to know of new data: columns, states, spacing."
+    d, found = run.described, run.note('features')
+    about = dict(features=d.names, units=d.units, discrete=found.get('discrete', []),
+                 states=dict(unfolded=inputs.unfolded, folded=inputs.folded), spacing_ps=found.get('spacing_ps'),
+                 topology=str(inputs.topology or ''), versions=versions())
+    for slug in (s for s in notes if (run.path/'models'/s).is_dir()):
+        write_json(run.path/'models'/slug/'about.json', about)
+
 # %% ../nbs/60c_runs.ipynb #60fa028d
 def _draw(run, inputs, notes):
     from foldbook.report import draw_figures
@@ -469,7 +557,7 @@ def _draw(run, inputs, notes):
     histories = {n['name']: n['history'] for n in first.values() if n.get('history')}
     c, tests = run.config, [run.split.blocks[b][0] for b in run.split.test]
     return dict(figures=draw_figures(run.path/'figures', read_json(run.path/'leaderboard.json'), found, histories,
-                                     tests, inputs.spacing_ps*c.stride, c.n_bootstrap, c.seed))
+                                     tests, run.note('features').get('spacing_ps') or np.nan, c.n_bootstrap, c.seed))
 
 def _report(run, inputs, captions):
     from foldbook.report import write_report
@@ -489,7 +577,8 @@ def _words(run, inputs, board):
     where = lambda p: ', '.join(f'{s.blocks[b][0]}' for b in s.members(p))
     yield inputs.words
     yield (f'{sum(lengths):,} frames in {len(lengths)} trajectories were turned into {len(run.described.names)} '
-           f'features. A, unfolded, is {inputs.unfolded}; B, folded, is {inputs.folded}. The trajectories were divided '
+           f'features{_apart(run.note("features").get("spacing_ps"))}. A is {inputs.unfolded}; B is '
+           f'{inputs.folded}. The trajectories were divided '
            f'before anything was learned: {where("train")} to learn from ({events["train"]} folding and unfolding '
            f'events), {where("validation")} to stop training and to choose ({events["validation"]}), {where("test")} '
            f'to judge ({events["test"]}).')
@@ -537,8 +626,10 @@ def run(config: Config, # what to run
         with Workers(None if idle else client, 1 if alone else workers or cores()) as engine:
             lengths = job.stage('features', lambda: _features(job, inputs, engine))['lengths']
             job.stage('states', lambda: _states(job, inputs, lengths))
+            if not inputs.topology: job.stage('encoding', lambda: _encode(job))
             if tokens: job.stage('tokens', lambda: _tokens(job, inputs, engine))
             notes = _learn(job, tasks, engine, progress)
+        _tell_about(job, inputs, notes)
         job.stage('judgement', lambda: _judge_all(job, inputs, notes))
         captions = job.stage('figures', lambda: _draw(job, inputs, notes))['figures']
         job.stage('report', lambda: _report(job, inputs, captions))

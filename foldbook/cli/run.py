@@ -8,12 +8,13 @@ Docs: https://foldbook.github.io/foldbook/cli_run.html.md"""
 __all__ = ['run', 'features']
 
 # %% ../../nbs/61b_cli_run.ipynb #f53438d0
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .core import Group, Lists, app, bars, client_of
+from .core import Group, Lists, Periodic, Restart, Spacing, Stride, app, bars, client_of, note
 
 # %% ../../nbs/61b_cli_run.ipynb #4a84c80c
 def _console():
@@ -59,7 +60,16 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
                                                    'native one unless --native is given.')]=None,
         native: Annotated[str, typer.Option(help='Native structure of the same protein, when --top is not native.')]='',
         features: Annotated[str, typer.Option(help='Featurizers joined by +, e.g. "default + phi + psi".')]='default',
-        periodic: Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]=False,
+        periodic: Periodic=False,
+        series: Annotated[Optional[list[str]], typer.Option('--series', help='Instead of trajectories, files of '
+            'columns: .npy, .npz, .csv, .xvg, COLVAR, states of a Markov model; file:column takes one.')]=None,
+        labels: Annotated[Optional[list[str]], typer.Option('--labels', help='Flags for --series, one file a '
+            'trajectory: 0 in A, 1 in B, -1 elsewhere. Without them --unfolded and --folded are conditions on '
+            'columns.')]=None,
+        columns: Annotated[Optional[list[str]], typer.Option('--columns', help='Of --series, by name or number from 1; '
+                                                             'default all.')]=None,
+        time: Annotated[str, typer.Option('--time', help='Column of times in --series; one called time is found.')]='',
+        spacing: Spacing=None, restart: Restart='refuse',
         data: Annotated[str, typer.Option(help='Data set when no --traj is given: a name of foldbook data list, or a '
                                                'directory of foldbook simulate.')]='villin_go',
         folded: Annotated[str, typer.Option(help='Condition for B, e.g. "Q > 0.8 and RMSD < 0.2".')]='',
@@ -101,7 +111,8 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
     from foldbook.report import write_readme
     from foldbook.runs import run
     settings = dict(data=data, trajectories=tuple(map(str, find_files(traj or []))), topology=top or '', native=native,
-                    features=features, periodic=periodic, unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
+                    features=features, periodic=periodic, series=tuple(map(str, series or [])), labels=tuple(labels or []),
+                    columns=tuple(columns or []), time=time, spacing_ps=spacing, restart=restart, unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
                     split_seed=split_seed, seed=seed, shooting=shooting, seeds=seeds, stride=stride)
     if students: settings['students'] = tuple(students.split(','))
     if baselines: settings['baselines'] = () if baselines == 'none' else tuple(baselines.split(','))
@@ -112,8 +123,10 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
     out = out or Path('runs')/('quick' if quick else 'default')
     table = run(config, out, overwrite, devices, workers, client_of(scheduler), _console().print, bars())
     _print_board(table)
-    print(f'\nreport: {out}/report.html')
+    print(f'\nreport: {shlex.quote(str(out))}/report.html')
     if readme: write_readme(out, readme, readme.parent/'nbs'/'images'/'zq.png')
+    chosen = table[table.chosen]
+    raise typer.Exit(0 if len(chosen) and chosen.passed.all() else 1)
 
 # %% ../../nbs/61b_cli_run.ipynb #7612f643
 @app.command(cls=Lists, epilog='Example: [bold]foldbook features --traj a.xtc b.xtc --top native.pdb --set "default '
@@ -124,21 +137,26 @@ def features(traj: Annotated[list[str], typer.Option('--traj', help='Trajectory 
              native: Annotated[str, typer.Option(
                  help='Native structure of the same protein, when --top is not native.')]='',
              kinds: Annotated[str, typer.Option('--set', help='Featurizers joined by +.')]='default',
-             periodic: Annotated[bool, typer.Option('--periodic', help='Make molecules whole across the box.')]=False,
+             periodic: Periodic=False, stride: Stride=1, spacing: Spacing=None, restart: Restart='refuse',
              out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Directory for one .npy a trajectory and '
                                                          'features.json; without it the columns are listed.')]=None):
     "Turn trajectories into arrays of features."
     from foldbook.base import write_array, write_text
     from foldbook.structures import load_native
     from foldbook.features import model_contacts, named, stream
-    from foldbook.frames import find_files
+    from foldbook.frames import even_spacing, find_files
     featurizer = named(kinds, load_native(native or top), model_contacts(top))
     if not out: return print(featurizer.features.describe().to_string(max_colwidth=60))
+    known = {}
     for i, f in enumerate(find_files(traj)):
-        x = stream([f], top, featurizer, periodic=periodic, progress=bars())[0][0]
+        (x,), described = stream([f], top, featurizer, periodic=periodic, progress=bars(), stride=stride,
+                                 spacing_ps=spacing, restart=restart)
+        if described.spacing_ps: known[str(f)] = [0, described.spacing_ps]
+        even_spacing(list(known.values()), list(known))
         write_array(out/f'{i:03d}.npy', x)
         print(f'{f}: {x.shape[0]} frames x {x.shape[1]} features -> {out/f"{i:03d}.npy"}')
-    write_text(out/'features.json', featurizer.features.to_json())
+        note(f'warning: {f} holds no times: its spacing is unknown (--spacing)', described.spacing_ps is None)
+    write_text(out/'features.json', described.to_json())
 
 # %% ../../nbs/61b_cli_run.ipynb #cc78b669
 _data_app = typer.Typer(cls=Group, no_args_is_help=True, help='Data sets by name: list, info, fetch.',
