@@ -191,15 +191,14 @@ class Molecule:
                                  f'in another order than in the structure; give the structure that the trajectory was '
                                  f'written with')
             return
-        long = far.max(1) > _half_box(t)
+        long = far.max(1) > (_half_box(t) if self.atomic or t.unitcell_lengths is not None else 10.)
         if long.any():
             yield long, worst, (f'its neighbour is {far[long].max():.1f} nm away: if the molecule is split across the '
                                 f'box, read it with --periodic (periodic=True), else the frame is damaged')
         if not named and (apart := self._other_images(t)) is not None: yield apart
 
-    def _shuffled(self, far, broken): # beads may have gaps, and hot or made frames a few long bonds
-        if not self.atomic: return broken.mean() > .5 and np.median(far) > .55
-        return broken.mean() > .5 or (far > 2.2*self.length).sum() > max(2, .05*len(far))
+    def _shuffled(self, far, broken): # hot or made frames have a few long bonds; beads tell nothing
+        return self.atomic and bool(broken.mean() > .5 or (far > 2.2*self.length).sum() > max(2, .05*len(far)))
 
     def _other_images(self, t): # chains that touch through the box only
         if len(self.chains) < 2 or t.unitcell_vectors is None: return
@@ -227,10 +226,10 @@ class Molecule:
 
 # %% ../nbs/07b_bonds.ipynb #11e20b8f
 def _wrong_unit(ratio, atomic): # what the lengths of bonds, over those expected, say
-    if len(ratio) < 3: return ''
+    if len(ratio) < (3 if atomic else 5): return ''
     low, middle, high = np.quantile(ratio, (.25, .5, .75))
-    if high > 2*low + 1e-12 and middle > 1: return '' # not by one factor
-    if middle > (5 if atomic else 2.5):
+    if high > (2 if atomic else 1.3)*low + 1e-12 and middle > 1: return '' # not by one factor
+    if 6 < middle < 15:
         return 'most are that far: the positions look like ångströms; divide them by 10'
     if middle < .25:
         return ('most are that near: the positions were divided by 10 once too often, or the file is empty; nm are '

@@ -111,8 +111,9 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
     from foldbook.report import write_readme
     from foldbook.runs import run
     settings = dict(data=data, trajectories=tuple(map(str, find_files(traj or []))), topology=top or '', native=native,
-                    features=features, periodic=periodic, series=tuple(map(str, series or [])), labels=tuple(labels or []),
-                    columns=tuple(columns or []), time=time, spacing_ps=spacing, restart=restart, unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
+                    features=features, periodic=periodic, series=tuple(series or []), labels=tuple(labels or []),
+                    columns=tuple(columns or []), time=time, spacing_ps=spacing, restart=restart,
+                    unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
                     split_seed=split_seed, seed=seed, shooting=shooting, seeds=seeds, stride=stride)
     if students: settings['students'] = tuple(students.split(','))
     if baselines: settings['baselines'] = () if baselines == 'none' else tuple(baselines.split(','))

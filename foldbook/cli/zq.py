@@ -11,7 +11,6 @@ __all__ = ['zq']
 from pathlib import Path
 from typing import Annotated, Optional
 
-import numpy as np
 import typer
 
 from .core import Lists, Restart, Spacing, Stride, app, note
@@ -45,6 +44,7 @@ def _pair(coordinates, flags, restart, **how):
 # %% ../../nbs/61a_cli_zq.ipynb #1a19cd8c
 def _with_conditions(coordinates, unfolded, folded, restart, **how):
     "Series in any unit, their flags from two conditions on columns, and the series mapped to probabilities."
+    import numpy as np
     from foldbook.committor import states_from
     from foldbook.maps import as_probability
     from foldbook.series import one_column, split_column
@@ -140,6 +140,7 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
        json_file: Annotated[Optional[Path], typer.Option('--json', help='Write every number to this file.')]=None):
     "Judge a coordinate of any program: is it the committor?"
     import warnings
+    import numpy as np
     from foldbook.frames import find_files
     from foldbook.verdicts import profile
     files = find_files(coordinates or [])
