@@ -11,7 +11,9 @@ __all__ = ['log', 'RunFiles', 'Run', 'train_student', 'train_baseline', 'Task', 
 import json
 import logging
 import re
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +25,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .base import (file_digest, jsonable, natural_order, read_json, versions, write_array, write_json,
+from .base import (file_digest, jsonable, natural_order, provenance, read_json, versions, write_array, write_json,
     write_text, writing)
 from .baselines import BASELINES, TicaCoordinate, baseline
 from .maps import DiffusiveCommittor, IsotonicCommittor
@@ -611,7 +613,8 @@ def run(config: Config, # what to run
         workers: int=0, # processes of this machine; 0 takes the number of cores, 1 works in this process
         client=None, # `distributed.Client` of a scheduler instead; its workers see `out` and the trajectories
         say: Callable=log.info, # where progress goes, one line a call
-        progress: bool=False # show a bar while training
+        progress: bool=False, # show a bar while training
+        expected: list | None=None # checksums that the files must have, as `inputs.json` holds them
        ) -> pd.DataFrame: # the leaderboard
     """Features, states, maps, teacher, students, judgement, figures, report; goes on where an earlier run of the
     same configuration stopped. Raises `ValueError` or `FileNotFoundError` for an option that cannot be right before
@@ -620,7 +623,10 @@ def run(config: Config, # what to run
     devices = int(devices) if str(devices).isdigit() else devices
     tasks, tokens = _plan(config, devices), any(s.startswith('residue:') for s in config.students)
     with Run(config, out, overwrite, say) as job:
+        if expected and not (job.path/'inputs.json').exists(): write_json(job.path/'inputs.json', expected)
         _check_same_files(job, inputs)
+        if not (job.path/'provenance.json').exists():
+            write_json(job.path/'provenance.json', provenance() | dict(command=shlex.join(sys.argv), seed=config.seed))
         idle = all(map(job.done, ['features', *['tokens']*tokens, *(t.name for t in tasks)]))
         alone = idle or devices not in ('auto', 1)
         with Workers(None if idle else client, 1 if alone else workers or cores()) as engine:

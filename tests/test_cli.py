@@ -50,7 +50,8 @@ COMMANDS = [[], ['run'], ['zq'], ['simulate'],
             *(['simulate', c] for c in ('go', 'scan', 'equilibrium', 'peptide', 'smd', 'benchmark')), ['shoot'],
             ['features'], ['propagate'], *(['propagate', c] for c in ('train', 'run', 'evaluate')), ['cg'],
             *(['cg', c] for c in ('prior', 'train', 'simulate', 'compare')), ['data'], ['data', 'list'],
-            ['data', 'info'], ['data', 'fetch'], ['forecast']]
+            ['data', 'info'], ['data', 'fetch'], ['forecast'],
+            *([c] for c in ('apply', 'rates', 'compare', 'report', 'reproduce', 'export'))]
 
 
 @pytest.mark.parametrize('command', COMMANDS, ids=' '.join)
