@@ -36,7 +36,8 @@ class FinishedRun(RunFiles):
             raise FileNotFoundError(f'{self.path}: holds no run; give the --out of foldbook run')
         if not (self.path/'leaderboard.json').exists():
             done = ', '.join(sorted(p.stem for p in (self.path/'stages').glob('*.json'))) or 'nothing'
-            raise FileNotFoundError(f'{self.path}: this run is not finished (done: {done}); repeat its command to go on')
+            raise FileNotFoundError(f'{self.path}: this run is not finished (done: {done}); repeat its command to go '
+                                    f'on')
 
     @cached_property
     def board(self) -> dict:
@@ -75,7 +76,8 @@ def _same_spacing(run, spacing, force, what):
     known = run.note('features').get('spacing_ps')
     if force or not known: return
     if spacing is None:
-        raise ValueError(f'{what}: spacing unknown; the run has {known:g} ps between frames: give --spacing, or --force')
+        raise ValueError(f'{what}: spacing unknown; the run has {known:g} ps between frames: give --spacing, or '
+                         f'--force')
     if abs(spacing - known) <= 1e-3*known: return
     times = known/spacing
     cure = (f'--stride {round(times)} reads every so many-th' if times > 1.5 and abs(times - round(times)) < .01 else
@@ -87,8 +89,8 @@ def _columns_of(run, files, labels, how): # ensemble, raw columns, features, fla
     n = len(run.config.labels) or len(run.config.series)
     per = max(1, len(run.config.series)//n)
     if len(files) % per:
-        raise ValueError(f'{len(files)} files of --series: this run has {per} descriptions of each trajectory, so {per} '
-                         f'files for each are needed')
+        raise ValueError(f'{len(files)} files of --series: this run has {per} descriptions of each trajectory, so '
+                         f'{per} files for each are needed')
     config = replace(run.config, series=tuple(map(str, files)), labels=tuple(map(str, labels)), **how)
     if not labels and per > 1: # the number of labels says how many trajectories there are
         config = replace(config, labels=tuple(map(str, files[:len(files)//per])))
@@ -98,7 +100,8 @@ def _columns_of(run, files, labels, how): # ensemble, raw columns, features, fla
     if e.names != tuple(known) and labels == () and set(known) <= set(e.names):
         e = replace(e, values=[v[:, [e.names.index(k) for k in known]] for v in e.values], names=tuple(known))
     if e.names != tuple(known) and (len(e.names) != len(known) or run.note('features')['discrete'] == []):
-        raise ValueError(f'{e.sources[0]}: its columns are {", ".join(e.names)}, the coordinate reads {", ".join(known)}')
+        raise ValueError(f'{e.sources[0]}: its columns are {", ".join(e.names)}, the coordinate reads '
+                         f'{", ".join(known)}')
     raw = [np.asarray(v, np.float32) for v in e.values]
     x = [v.astype(np.float32) for v in raw]
     for k in run.note('features')['discrete']:

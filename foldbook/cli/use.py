@@ -92,8 +92,8 @@ def report(run: _RunDir):
     do(found.config, found.path, workers=1, say=lambda line: None)
     print(f'report: {shlex.quote(str(found.path/"report.html"))}')
 
-@app.command(epilog='Example: [bold]foldbook reproduce runs/mine --out runs/again[/bold]; exit code 0 if every number is '
-                    'the same, 1 if not')
+@app.command(epilog='Example: [bold]foldbook reproduce runs/mine --out runs/again[/bold]; exit code 0 if every '
+                    'number is the same, 1 if not')
 def reproduce(run: _RunDir,
               out: Annotated[Path, typer.Option('--out', '-o', help='Directory for the repetition.')]=...,
               workers: Annotated[int, typer.Option(help='Processes that compute and train; 0: one a core.')]=0):
@@ -117,7 +117,7 @@ def export(run: _RunDir, name: _Name='',
     check_choice('--to', to, ('plumed', 'onnx', 'torchscript'))
     found, slug = open_run(run, name)
     if found.config.series:
-        raise ValueError('this run reads series; what a simulation can compute is known of features of a structure only')
+        raise ValueError('this run reads series; a simulation can compute features of a structure only')
     student, inputs = load(found.path/'models'/slug), check(found.config)
     if type(student).__name__ != 'Student' or student.get_params()['architecture'] != 'mlp':
         able = [s for s in found.models if s.startswith('mlp')]
