@@ -211,8 +211,9 @@ def _features(run, inputs, workers):
     described = replace(new_featurizer(run.config, inputs).features, spacing_ps=spacing)
     write_text(run.path/'features.json', described.to_json() + '\n')
     return dict(lengths=lengths, spacing_ps=spacing, discrete=[],
-                said=f'{len(described.names)} features, {sum(n.startswith("contact ") for n in described.names)} of them '
-                     f'native contacts, of {sum(lengths):,} frames in {len(lengths)} trajectories{_apart(spacing)}')
+                said=f'{len(described.names)} features of {sum(lengths):,} frames in {len(lengths)} '
+                     f'trajectories{_apart(spacing)}; {sum(n.startswith("contact ") for n in described.names)} of them '
+                     f'are native contacts')
 
 def _apart(spacing): return f', {spacing:g} ps apart' if spacing else ', whose time is unknown'
 
