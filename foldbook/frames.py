@@ -8,9 +8,11 @@ Docs: https://foldbook.github.io/foldbook/frames.html.md"""
 from __future__ import annotations
 import ctypes
 import glob
+import mmap
 import os
 import re
 import struct
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -129,10 +131,21 @@ def read_frames(
     the file does not end well."""
     path, n = Path(path), 0
     topology = load_topology(path if topology is None else topology)
+    bad = _bad_header(path, topology.n_atoms) if path.exists() else None
+    if bad and not bad[0]:
+        raise DamagedFile(f'{path}: frame 0: its header cannot be right, so the file is damaged; copy it again')
     if (found := atoms_in_file(path, topology)) != topology.n_atoms:
         raise ValueError(f'{path}: frame 0 has {found} atoms and does not fit the topology of {topology.n_atoms} '
                          f'atoms; give the structure file that belongs to this trajectory')
     read = partial(_pieces, path, topology, _picked(topology, atoms))
+    if bad: # the library would read on, and may take the whole process with it
+        with tempfile.TemporaryDirectory() as folder:
+            sound = Path(folder)/path.name
+            with path.open('rb') as f: sound.write_bytes(f.read(bad[1]))
+            try: yield from _pieces(sound, topology, _picked(topology, atoms), chunk)
+            except _BROKEN as e: raise DamagedFile(f'{path}: before frame {bad[0]}: {e}; copy it again') from e
+        raise DamagedFile(f'{path}: frame {bad[0]}: the file is damaged after {bad[0]} whole frames (its header cannot '
+                          f'be right); copy it again')
     try:
         for piece in read(chunk):
             yield piece
@@ -178,6 +191,22 @@ def _silent(wanted): # the reader of dcd files, which is not in Python, talks to
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nothing)
+
+# %% ../nbs/08_frames.ipynb #7d1beaed
+def _bad_header(path, atoms): # number and place of the first xtc frame whose header cannot be right, or None
+    if path.suffix.lower() != '.xtc' or atoms <= 9 or not path.stat().st_size: return None
+    with path.open('rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at, n = 0, 0
+        while at + 96 <= len(data):
+            magic, there = struct.unpack('>ii', data[at:at + 8])
+            again, precision, *ranges, small = struct.unpack('>if7i', data[at + 52:at + 88])
+            wide = 4*(magic == 2023)
+            packed = int.from_bytes(data[at + 88:at + 92 + wide], 'big', signed=True)
+            low, high = ranges[:3], ranges[3:]
+            if not (magic in (1995, 2023) and there == again == atoms and 0 < precision < 1e7 and 9 <= small < 73
+                    and all(0 <= b - a < 2000*precision for a, b in zip(low, high)) and 0 < packed <= 16*atoms + 64):
+                return None if there == again != atoms and not n else (n, at) # another topology is said elsewhere
+            at, n = at + 92 + wide + (packed + 3)//4*4, n + 1
 
 # %% ../nbs/08_frames.ipynb #0f42e8e7
 def _cut_short(path, n, atoms): # why a file that seemed to end well did not, or ''

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import tokenize
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def _open(path): # lines of text, packed or not
 # %% ../nbs/08a_series.ipynb #230824d2
 def _parts_of_text(path): # (names, line number of each row, numbers) of each part of a file, in order
     names, rows, parts, first, legend = (), [], [], 1, {}
-    xvg = Path(path).suffix.lower() == '.xvg'
+    xvg = _kind(path) == '.xvg'
     def close():
         if rows:
             text = io.StringIO(''.join(rows))
@@ -84,12 +86,25 @@ def _parts_of_text(path): # (names, line number of each row, numbers) of each pa
         else: rows.append(line)
     close()
     if not parts: raise ValueError(f'{path}: is empty')
+    if not xvg and not names and len(parts) == 1 and (told := _told(rows)) and len(told) == parts[0][2].shape[1]:
+        parts = [(told, *parts[0][1:])]
     if xvg: return [(_xvg_columns(legend, x.shape[1]), lines, x) for _, lines, x in parts]
     for names, lines, x in parts:
         if names and len(names) != x.shape[1]:
             raise ValueError(f'{path}: line {lines[0]} has {x.shape[1]} columns, and {len(names)} names stand above '
                              f'it: {" ".join(names)}')
     return parts
+
+def _told(rows): # names in the last comment above the numbers of a plain table
+    above = []
+    for r in rows:
+        if r.split('#')[0].strip(): break
+        if r.strip('# \n\t'): above.append(r)
+    words = above[-1].strip().lstrip('#').split() if above else []
+    def number(w):
+        try: return float(w) == float(w)
+        except ValueError: return False
+    return () if any(map(number, words)) or len(set(words)) < len(words) else tuple(words)
 
 def _xvg_names(line): # what a line of an xvg file says about names
     if m := re.match(r'@\s*s(\d+)\s+legend\s+"(.*)"', line): return {int(m[1]) + 1: m[2]}
@@ -103,23 +118,34 @@ def _xvg_columns(legend, n):
 
 # %% ../nbs/08a_series.ipynb #cfaf0010
 def _parts(path): # list of (names, line numbers or None, (T, F)) of a file; several parts are of one run
-    suffix = Path(path).suffix.lower()
+    suffix = _kind(path)
     if suffix == '.npy':
-        with blame(path): x = np.load(path, mmap_mode='r', allow_pickle=False)
+        try:
+            with blame(path): x = np.load(path, mmap_mode='r', allow_pickle=False)
+        except (SyntaxError, tokenize.TokenError, MemoryError, OverflowError) as e:
+            raise ValueError(f'{path}: cannot be read as a .npy array: its header is damaged; copy it again') from e
         if not isinstance(x, np.ndarray) or x.dtype.kind not in 'fiub' or x.ndim not in (1, 2) or not x.size:
             raise ValueError(f'{path}: cannot be read as a .npy array of numbers with one row a frame')
         return [((), None, x.reshape(len(x), -1))]
     if suffix in ('.csv', '.tsv'): return [_csv(path)]
     if suffix == '.parquet':
         import pandas as pd
-        with blame(path): table = pd.read_parquet(path)
+        try:
+            with blame(path): table = pd.read_parquet(path)
+        except ImportError as e:
+            raise ValueError(f'{path}: reading parquet needs another package: pip install pyarrow; or save it as '
+                             f'.csv or .npy') from e
         return [(tuple(map(str, table.columns)), None, table.to_numpy(float))]
     return _parts_of_text(path)
+
+def _kind(path): # suffix without that of a packer
+    name = re.sub(r'\.(gz|bz2|xz|zst)$', '', Path(path).name.lower())
+    return Path(name).suffix
 
 def _csv(path):
     import pandas as pd
     with blame(path):
-        sep = '\t' if Path(path).suffix.lower() == '.tsv' else ','
+        sep = '\t' if _kind(path) == '.tsv' else ','
         head = pd.read_csv(path, sep=sep, header=None, nrows=1, comment='#').iloc[0]
         named = any(isinstance(v, str) for v in head)
         table = pd.read_csv(path, sep=sep, header=0 if named else None, comment='#')
@@ -168,6 +194,9 @@ def _joined(path, parts): # names, lines, numbers of a run in several parts
     if len({x.shape[1] for _, _, x in parts}) > 1 and not names:
         raise ValueError(f'{path}: its parts have different numbers of columns and no names')
     if len(parts) == 1: return parts[0]
+    if lost := [n for n in names if n not in shared]:
+        warnings.warn(f'{path}: column {", ".join(lost)} is missing after a later #! FIELDS line and left out',
+                      stacklevel=2)
     lines = np.concatenate([p[1] for p in parts])
     take = lambda n, x: x[:, [n.index(k) for k in shared]] if names else x
     return tuple(shared), lines, np.concatenate([take(n, x) for n, _, x in parts])
@@ -209,14 +238,16 @@ def _one_run(path, parts, columns, time, weights, spacing_ps, stride, restart):
     if (bad := ~np.isfinite(values).all(1)).any():
         i = keep[bad.argmax()]
         at = f'line {lines[i]}' if lines is not None else f'frame {i}'
+        last = ' (its last line may be cut short: delete it)' if lines is not None and i == len(x) - 1 else ''
         column = left[int((~np.isfinite(values[bad.argmax()])).argmax())]
-        raise ValueError(f'{path}: {at}, column {names[column] if names else column + 1}: not a number')
+        raise ValueError(f'{path}: {at}, column {names[column] if names else column + 1}: not a number{last}')
     given = tuple(names[i] for i in left) if names else ()
     return given, values, clock, None if own is None else np.asarray(x[keep, own], float)
 
 # %% ../nbs/08a_series.ipynb #a4517d6c
 def read_columns(
-    files: str | Path | list, # .npy, .npz, .csv, .tsv, .parquet, .xvg, COLVAR or other text; name:column takes one
+    files: str | Path | list, # .npy, .npz, .csv, .tsv, .parquet, .xvg, COLVAR or other text; name:column takes one;
+    # or arrays, one a trajectory
     columns: tuple | None = None, # names, or numbers from 1, of those wanted; default all but time and weights
     time: str | int | None = None, # column of times; default one that is called so
     weights: str | int | None = None, # column of statistical weights
@@ -229,7 +260,13 @@ def read_columns(
     check_choice('restart', restart, ('refuse', 'cut'))
     files, made, sources = [files] if isinstance(files, (str, Path)) else list(files), [], []
     if not files: raise ValueError('no file was given')
-    for name in files:
+    for k, name in enumerate(files):
+        if not isinstance(name, (str, Path)): # an array, as deeptime and PyEMMA take them
+            x = np.asarray(name)
+            run = [((), None, x.reshape(len(x), -1))]
+            made.append(_one_run(f'trajectory {k}', run, columns, time, weights, spacing_ps, stride, restart))
+            sources.append(f'trajectory {k}')
+            continue
         path, column = split_column(name)
         wanted = columns if column is None else (column,)
         runs = _arrays_of(path) if path.suffix.lower() == '.npz' else [_parts(path)]
@@ -249,7 +286,7 @@ def _names_of(files, made, sources): # of the columns, the same in all files
             raise ValueError(f'{source}: has columns {", ".join(names) or x.shape[1]}, {sources[0]} has '
                              f'{", ".join(named) or width}: files of one kind are needed')
     if named: return named
-    stem = Path(split_column(files[0])[0]).name.split('.')[0]
+    stem = Path(split_column(files[0])[0]).name.split('.')[0] if isinstance(files[0], (str, Path)) else 'x'
     own = re.sub(r'[\W_]*\d+$', '', stem) or stem # contacts of contacts-0.npy
     own = re.sub(r'\W', '_', own)
     return (own,) if width == 1 else tuple(f'x{k + 1}' for k in range(width))

@@ -37,7 +37,7 @@ def _pair(coordinates, flags, restart, **how):
     if len(coordinates) != len(flags):
         raise ValueError(f'{len(coordinates)} coordinate files and {len(flags)} files of flags: one file of flags '
                          f'(--labels) for each coordinate file')
-    e, f = _ensemble(coordinates, restart=restart, **how), _ensemble(flags, restart=restart)
+    e, f = _ensemble(coordinates, restart=restart, **how), _ensemble(flags, restart=restart, stride=how['stride'])
     _lengths_agree(e, f, 'flags')
     return e, one_column(e), one_column(f)
 
@@ -58,12 +58,12 @@ def _with_conditions(coordinates, unfolded, folded, restart, **how):
     note('r is in its own unit: mapped to a probability by a monotone fit to the same frames before it is judged')
     return e, as_probability(r, flags), flags
 
-def _weights(given, e, restart):
+def _weights(given, e, restart, stride):
     "Weights of the frames: a column of the coordinate files, or files of their own."
     from foldbook.series import one_column
     if not given: return None
     if e.weights: return e.weights
-    w = _ensemble(given, restart=restart)
+    w = _ensemble(given, restart=restart, stride=stride)
     if len(w) != len(e): raise ValueError(f'{len(e)} series and {len(w)} files of --weights: one for each is needed')
     _lengths_agree(e, w, 'weights')
     return one_column(w)
@@ -148,7 +148,7 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
     how = dict(restart=restart, time=time, spacing_ps=spacing, stride=stride, weights=column)
     e, r, f = (_pair(files, find_files(labels), **how) if labels else
                _with_conditions(files, unfolded, folded, **how))
-    w = _weights(weights, e, restart)
+    w = _weights(weights, e, restart, stride)
     note(f'resampling {bootstrap} times', bootstrap and sum(map(len, r)) > 2e6)
     lags = 2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None
     with warnings.catch_warnings():
