@@ -278,7 +278,7 @@ def load_native(path: str | Path # PDB, mmCIF, or any other file with coordinate
         try: t = first_frame(path)
         except (ValueError, OSError, IndexError, NotImplementedError) as e:
             raise ValueError(f'{path}: not a structure with positions and atom names, such as a PDB file ({e})') from e
-    t.topology = standard_topology(t.topology, path)
+    t.topology = standard_topology(t.topology, path, t)
     for i in ca_atoms(t.topology): t.topology.atom(int(i)).element = md.element.carbon
     atoms = protein_atoms(t.topology)
     t = t if len(atoms) == t.n_atoms else t.atom_slice(atoms)
