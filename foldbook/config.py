@@ -9,6 +9,7 @@ __all__ = ['Config', 'quick', 'new_student', 'new_teacher', 'Inputs', 'described
 
 # %% ../nbs/60b_configuration.ipynb #b7c43a1a
 import inspect
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -291,13 +292,22 @@ def new_featurizer(config: Config,
                          f'{inputs.topology}')
     return named(config.features, native, contacts)
 
+_CONTACTS = 5 # fewer are no measure of folding
+
 def _check_expressions(config, inputs):
     "Names of features and the two conditions, on the native structure."
-    from foldbook.structures import load_native
+    from foldbook.features import model_contacts
+    from foldbook.structures import load_native, native_contacts
     featurizer = new_featurizer(config, inputs)
     if missing := {'Q', 'RMSD'} - set(featurizer.features.names):
         raise ValueError(f'features {config.features!r} lack {", ".join(sorted(missing))}, which the leaderboard '
                          f'compares with')
+    contacts = model_contacts(inputs.topology)
+    n = len(native_contacts(load_native(inputs.native)) if contacts is None else contacts)
+    if n < _CONTACTS and re.search(r'\bQ\b', f'{inputs.unfolded} {inputs.folded}'):
+        raise ValueError(f'{inputs.native}: {n} native contacts were found in it, and states of Q need {_CONTACTS} at '
+                         f'least: give the folded structure with --native, or states of other features with --unfolded '
+                         f'and --folded')
     frame = np.asarray(featurizer(load_native(inputs.native)), np.float32)
     for option, e in (('--unfolded', inputs.unfolded), ('--folded', inputs.folded)):
         if evaluate_expression([frame], featurizer.features, e)[0].dtype != bool:

@@ -127,6 +127,8 @@ def info(
     if base not in _register(): raise KeyError(f'no data set {name!r}; there are: {", ".join(names())}')
     d = _register()[base]
     if not key: return d
+    if not re.fullmatch(r'\w[\w.\-]*', key, re.ASCII) or '..' in key:
+        raise KeyError(f'{name!r}: an id is letters, digits and _ - . only, such as pdb:2F4K')
     fill = lambda s: s.replace('{id}', key) if s else s
     files = tuple(replace(f, name=fill(f.name), url=fill(f.url)) for f in d.files)
     if files == d.files: raise KeyError(f'{base!r} is one data set, not a source of many: leave out {":" + key!r}')

@@ -25,8 +25,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .base import (file_digest, jsonable, natural_order, provenance, read_json, versions, write_array, write_json,
-    write_text, writing)
+from .base import (file_digest, jsonable, natural_order, provenance, read_json, versions, write_array,
+    write_json, write_text, writing)
 from .baselines import BASELINES, TicaCoordinate, baseline
 from .maps import DiffusiveCommittor, IsotonicCommittor
 from .memory import FirstCommittor, cross_fitted
@@ -212,7 +212,8 @@ def _features(run, inputs, workers):
     write_text(run.path/'features.json', described.to_json() + '\n')
     return dict(lengths=lengths, spacing_ps=spacing, discrete=[],
                 said=f'{len(described.names)} features of {sum(lengths):,} frames in {len(lengths)} '
-                     f'trajectories{_apart(spacing)}')
+                     f'trajectories{_apart(spacing)}; {sum(n.startswith("contact ") for n in described.names)} of them '
+                     f'are native contacts')
 
 def _apart(spacing): return f', {spacing:g} ps apart' if spacing else ', whose time is unknown'
 

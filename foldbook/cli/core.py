@@ -52,13 +52,30 @@ _SEVERAL = ('--traj', '--series', '--labels', '--weights', '--columns', '--lead'
 class Lists(TyperCommand):
     "A command whose --traj, --labels, --series and such take several values."
     def parse_args(self, ctx, args):
+        if args and args[0].endswith('.toml'):
+            ctx.default_map, args = _from_file(args[0], [p.name for p in self.params]), args[1:]
         return super().parse_args(ctx, _spread(args, _SEVERAL))
+
+def _from_file(path, known):
+    "Options of a configuration file, by the names they have on the command line."
+    import difflib
+    import tomllib
+    if not Path(path).exists(): raise FileNotFoundError(f'{path}: no such file')
+    try: found = tomllib.loads(Path(path).read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path}: not TOML ({e})') from None
+    named = {k.replace('-', '_'): v for k, v in found.items()}
+    for k in named:
+        if k not in known:
+            near = difflib.get_close_matches(k, known, 1)
+            raise ValueError(f'{path}: there is no option {k}' + (f'; did you mean {near[0]}?' if near else ''))
+    return named
 
 # %% ../../nbs/61_command_line.ipynb #a3e87d26
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=True, rich_markup_mode='rich',
                   pretty_exceptions_enable=False,
                   context_settings=dict(help_option_names=['-h', '--help']),
-                  epilog='Exit codes: 0 all well, 1 the coordinate FAILS, 2 bad input. Start with: [bold]foldbook run '
+                  epilog='Exit codes: 0 all well; 1 the coordinate FAILS (zq, and the chosen one of run) or a '
+                         'number differs (reproduce); 2 bad input; 130 stopped. Start with: [bold]foldbook run '
                          '--quick[/bold]')
 
 # %% ../../nbs/61_command_line.ipynb #d257b007

@@ -105,6 +105,7 @@ def _propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='F
                     accelerator: Annotated[str, typer.Option(help='cpu, gpu or auto.')]='cpu',
                     out: Out=..., seed: Seed=0):
     "Learn the density of jumps; the last fifth of each trajectory decides when to stop."
+    from foldbook.propagation import bounds_of, save_bounds
     from foldbook.propagator import Propagator
     from foldbook.motions import motion
     if bool(system) == bool(traj) or bool(traj) != bool(top):
@@ -115,6 +116,7 @@ def _propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='F
                    cartesian=cartesian, accelerator=accelerator, seed=seed).fit(motions, progress=bars(),
                                                                                 directory=out/'training')
     p.save(out)
+    for k, m in motions.items(): save_bounds(bounds_of(m), out/f'{k}.bounds.npz')
     best = {k: min(r['held_out'] for r in rows) for k, rows in p.history.items()}
     print(f'{", ".join(f"{k} ({len(m)} frames)" for k, m in motions.items())}, {p.step:g} ps a frame -> {out}: '
           f'held-out density {-best["density"]:.3f} nats a column, error of the flow {best["flow"]:.3f}')
@@ -123,8 +125,7 @@ def _propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='F
 @_propagate_app.command('run', epilog='Example: [bold]foldbook propagate run model --start ala2/ala2-3.h5 --replicas 8 '
                                      '--frames 5000 --out made[/bold]; stopped and started again, it goes on.')
 def _propagate_run(model: Annotated[Path, typer.Argument(help='Directory that foldbook propagate train wrote.')],
-                  start: Annotated[str, typer.Option(help='Frames to start from, taken evenly; and those that say '
-                                                          'what is in bounds.')]=...,
+                  start: Annotated[str, typer.Option(help='Frames to start from, taken evenly.')]=...,
                   top: Annotated[str, typer.Option('--top', help='Structure that names the atoms of --start.')]='',
                   periodic: Periodic=False,
                   molecule: Annotated[str, typer.Option(help='One that it was trained on, or a new name with a model '
@@ -134,20 +135,22 @@ def _propagate_run(model: Annotated[Path, typer.Argument(help='Directory that fo
                   lag: Annotated[Optional[int], typer.Option(min=1,
                                                              help='One it was trained for; default the first.')]=None,
                   bounded: Annotated[bool, typer.Option(
-                      help='Draw jumps again that leave the bounds of --start.')]=True,
+                      help='Draw jumps again that leave the bounds of the training part (of --start, for a molecule '
+                           'that was not trained on).')]=True,
                   out: Out=..., seed: Seed=0):
     "Jump after jump, into xtc files of all heavy atoms."
     import torch
-    from foldbook.propagation import bounds_of, run
+    from foldbook.propagation import bounds_of, load_bounds, run
     from foldbook.propagator import load_propagator
     from foldbook.motions import motion
     p = load_propagator(model)
     name = molecule or next(iter(p.motions))
     m = motion(_trajectories([start], top, periodic=periodic, spacing_ps=p.step), p.motions.get(name))
     if name not in p.motions: p.adopt(name, m)
-    x = torch.cat(m.series)
+    x, known = torch.cat(m.series), model/f'{name}.bounds.npz'
+    limits = load_bounds(known) if known.exists() else bounds_of(m)
     made = run(p, name, x[torch.linspace(0, len(x) - 1, replicas).long()], frames, lag,
-               bounds_of(m) if bounded else None, seed=seed, directory=out, progress=bars())
+               limits if bounded else None, seed=seed, directory=out, progress=bars())
     total = made.out.sum()
     print(f'{replicas} replicas of {frames} frames, {made.motion.step:g} ps a frame -> {out}: {total["drawn again"]} '
           f'of '

@@ -49,12 +49,37 @@ def _named_values(options, flag):
         except json.JSONDecodeError: found[name] = value
     return found
 
+# %% ../../nbs/61b_cli_run.ipynb #e3d97305
+def _tell(config, out):
+    "What a run would do."
+    from foldbook.base import jsonable
+    from foldbook.config import check
+    inputs = check(config)
+    print(f'{inputs.words} A is {inputs.unfolded}; B is {inputs.folded}.')
+    for k, v in jsonable(config).items():
+        if v not in (None, '', [], {}): print(f'  {k}: {v}')
+    print(f'nothing was written; the run would be in {shlex.quote(str(out))}')
+
+def _write_options(ctx, path):
+    "The options of this command as a file that `foldbook run` reads."
+    import json
+    from foldbook.base import write_text
+    given = {k: v for k, v in ctx.params.items() if ctx.get_parameter_source(k).name != 'DEFAULT'}
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in given.items() if v is not None}
+    leave = ('out', 'overwrite', 'dry_run', 'quiet', 'json_file', 'readme')
+    lines = [f'{k.replace("_", "-")} = {json.dumps(v)}' for k, v in given.items() if k not in leave]
+    write_text(path, '# foldbook run FILE.toml takes these options; others on the command line go before\n'
+                     + '\n'.join(lines) + '\n')
+
 # %% ../../nbs/61b_cli_run.ipynb #701ef896
 @app.command(cls=Lists, epilog='Examples: [bold]foldbook run[/bold] takes the shipped villin data (about '
                                'four minutes on two cores).\n'
                                '[bold]foldbook run --traj a.xtc b.xtc c.xtc --top native.pdb --folded "RMSD'
-                               ' < 0.15" --unfolded "RMSD > 0.5" --out runs/mine[/bold] takes yours.')
-def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; '
+                               ' < 0.15" --unfolded "RMSD > 0.5" --out runs/mine[/bold] takes yours.\n'
+                               '[bold]foldbook run runs/mine/config.toml --seed 1 --out runs/other[/bold] takes the '
+                               'options of another run, and changes one.')
+def run(ctx: typer.Context,
+        traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajectory files or quoted patterns; '
                                                           'several values or several times.')]=None,
         top: Annotated[Optional[str], typer.Option('--top', help='Structure with the same atoms (pdb, gro, ...), the '
                                                    'native one unless --native is given.')]=None,
@@ -102,10 +127,15 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
         quick: Annotated[bool, typer.Option('--quick',
                                             help='A taste in about a minute: fewer frames, shorter training.')]=False,
         shooting: Annotated[str, typer.Option(help='npz of foldbook shoot, for the error to the true committor.')]='',
+        dry_run: Annotated[bool, typer.Option('--dry-run', help='Check everything, say what would be done, and write '
+                                                                'nothing.')]=False,
+        quiet: Annotated[bool, typer.Option('--quiet', '-q', help='The table only.')]=False,
+        json_file: Annotated[Optional[Path], typer.Option('--json', help='Write the table to this file as well.')]=None,
         overwrite: Annotated[bool, typer.Option('--overwrite', help='Remove a run with other settings first.')]=False,
         readme: Annotated[Optional[Path], typer.Option(help='Write the leaderboard between the marks of this file, '
                                                             'the figure beside it.')]=None):
     "Features, teacher, students, judgement and report: the main job."
+    from foldbook.base import read_json, write_json
     from foldbook.config import Config, quick as quick_config
     from foldbook.frames import find_files
     from foldbook.report import write_readme
@@ -122,8 +152,12 @@ def run(traj: Annotated[Optional[list[str]], typer.Option('--traj', help='Trajec
     config.student_options |= _named_values(student_option or [], '--student-option')
     config.teacher_options |= _named_values(teacher_option or [], '--teacher-option')
     out = out or Path('runs')/('quick' if quick else 'default')
-    table = run(config, out, overwrite, devices, workers, client_of(scheduler), _console().print, bars())
+    if dry_run: return _tell(config, out)
+    say = (lambda line: None) if quiet else _console().print
+    table = run(config, out, overwrite, devices, workers, client_of(scheduler), say, bars() and not quiet)
+    _write_options(ctx, out/'config.toml')
     _print_board(table)
+    if json_file: write_json(json_file, read_json(out/'leaderboard.json'))
     print(f'\nreport: {shlex.quote(str(out))}/report.html')
     if readme: write_readme(out, readme, readme.parent/'nbs'/'images'/'zq.png')
     chosen = table[table.chosen]
