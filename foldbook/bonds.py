@@ -172,8 +172,8 @@ class Molecule:
     def faults(self,
         t: md.Trajectory,
         first: int = 0, # number of the first of them in its file: unit and order are those of the file
-        named: bool = False, # the names stand beside the positions: their order cannot be wrong, and chains may be
-        # in images of a crystal
+        named: bool = False, # the names stand beside the positions: their order cannot be wrong
+        crystal: bool = False, # chains may be in images of a crystal
     ) -> Iterator[tuple]: # of flags (T,), atom (T,), text
         "What is wrong with frames, one fault after another."
         finite = np.isfinite(t.xyz.sum((1, 2)))
@@ -185,7 +185,7 @@ class Molecule:
         if len(sound) < len(t): step = np.nan_to_num(step)
         far = np.sqrt(np.einsum('tnk,tnk->tn', step, step))
         if not first or (far > self.longest).any(): yield from self._broken(t, step, far, sound, first, named)
-        if not named and (apart := self._other_images(t)) is not None: yield apart
+        if not crystal and (apart := self._other_images(t)) is not None: yield apart
 
     def _broken(self, t, step, far, sound, first, named): # faults of which bonds tell
         every, worst = np.ones(len(t), bool), self.bonds[far.argmax(1), 0]
