@@ -9,6 +9,7 @@ __all__ = ['Stored', 'state_committor', 'FirstCommittor', 'event_blocks', 'cross
 
 # %% ../nbs/41c_memory.ipynb #fe1b1434
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +130,6 @@ def _whole_numbers(v): # (T,) int
 def event_blocks(
     states: list, # flags, (T,) per trajectory
     folds: int = 4,
-    gap: int = 0, # frames between a block and the rest that belong to neither
 ) -> list: # of lists of (trajectory, start, stop), one a fold
     "Blocks of about equally many transitions: whole trajectories where there are enough, else stretches of them."
     events = [sum(count_transitions([s])) for s in states]
@@ -147,7 +147,7 @@ def event_blocks(
     first, found = np.cumsum([0, *map(len, states)]), []
     for a, b in zip(cuts, cuts[1:]):
         parts = [(k, max(a - int(s), 0), min(b - int(s), len(x))) for k, (s, x) in enumerate(zip(first, states))]
-        found.append([(k, p + gap*(p > 0), q) for k, p, q in parts if q > p + gap*(p > 0)])
+        found.append([(k, p, q) for k, p, q in parts if q > p])
     return found
 
 def _arrivals(flags): # frames at which the other state is reached
@@ -159,19 +159,23 @@ def cross_fitted(
     x: list, # (T, ...) per trajectory
     states: list, # flags of the same frames
     folds: int = 4,
+    gap: int = 0, # frames on each side of a block that its model does not learn from either
 ) -> tuple: # values float64 (T,) per trajectory, each from a model of the other blocks; the model of all frames
-    "Values that do not know the outcome of their own frames."
+    "Values that do not know the outcome of their own frames; warns where too few events leave no other model."
     whole, values = make().fit(x, states), [np.full(len(s), np.nan) for s in states]
     for block in event_blocks(states, folds):
-        rest = [[v[part] for v, parts in zip(e, _others(states, block)) for part in parts] for e in (x, states)]
+        rest = [[v[part] for v, parts in zip(e, _others(states, block, gap)) for part in parts] for e in (x, states)]
         try: other = make().fit(*rest)
-        except ValueError: other = whole # too few events are left without this block
+        except ValueError:
+            warnings.warn(f'without {len(block)} of the blocks no event is left to learn from: their values come from '
+                          f'a model that knows their outcome', stacklevel=2)
+            other = whole
         for k, start, stop in block: values[k][start:stop] = other.transform([x[k][start:stop]])[0]
     return [np.where(np.isnan(v), w, v) for v, w in zip(values, whole.transform(x))], whole
 
-def _others(states, block): # slices of each trajectory that are not in a block
+def _others(states, block, gap): # slices of each trajectory that are not in a block, nor close to it
     for k, s in enumerate(states):
-        mine = sorted((a, b) for i, a, b in block if i == k)
+        mine = sorted((max(a - gap, 0), min(b + gap, len(s))) for i, a, b in block if i == k)
         edges = [0, *(v for pair in mine for v in pair), len(s)]
         yield [slice(a, b) for a, b in zip(edges[::2], edges[1::2]) if b - a > 1]
 
@@ -223,7 +227,7 @@ class MemoryCommittor(Stored):
         taus, tried = [3.], 3.
         while (tried := tried*10**.5) <= max(path, 10.): taus.append(float(round(tried)))
         parts = self._descriptions(features)
-        made = [cross_fitted(lambda d=d: FirstCommittor(d, self.lag), p, states, self.folds) for d, p in parts]
+        made = [cross_fitted(lambda d=d: FirstCommittor(d, self.lag), p, states, self.folds, self.lag) for d, p in parts]
         first = [m[1] for m in made]
         self.fitted = dict(taus=np.array(taus)) | {f'first{k}.{n}': v for k, f in enumerate(first)
                                                    for n, v in f.fitted.items()}
