@@ -73,7 +73,7 @@ def _known_name(residue):
     return name
 
 def _refuse_pieces(topology, path):
-    place = lambda r: (r.chain.index, r.resSeq, r.name, r.segment_id)
+    place = lambda r: ((r.chain.chain_id or '').strip(), r.resSeq, r.name, r.segment_id) # TER may part the pieces
     whole = {place(r): r for r in topology.residues if any(a.name == 'CA' for a in r.atoms)}
     for r in topology.residues:
         other = whole.get(place(r))
@@ -83,25 +83,36 @@ def _refuse_pieces(topology, path):
                              f'{next(other.atoms).index + 1} and {next(r.atoms).index + 1} and on: write the '
                              f'structure and its trajectories residue by residue')
 
-def _ends(topology): # residues after which another chain begins
+def _ends(topology, frame): # residues after which another chain begins
     protein = [r for r in topology.residues if any(a.name in ('CA', 'CH3') for a in r.atoms)]
     named = any((c.chain_id or '').strip() for c in topology.chains) or topology.n_chains > 1
     for r, after in zip(protein, protein[1:]):
         if r.chain is not after.chain: continue
         names = {a.name for a in r.atoms}
         last = names & {'OXT', 'OT2', 'OC2'} or {'O1', 'O2'} <= names or r.name in CAPS[2:]
-        if last or after.name in CAPS[:2] or not named and after.resSeq < r.resSeq: yield r.index
+        back, next_to = after.resSeq <= r.resSeq, after.resSeq - r.resSeq == 1
+        if last or after.name in CAPS[:2] or back and not named: yield r.index
+        elif frame is not None and (back or next_to and not named) and _parted(frame, r, after): yield r.index
+
+def _parted(frame, r, after): # no peptide bond, in any image; a gap in the numbers is no end of a chain
+    ends = [next((a.index for a in x.atoms if a.name == n), None) for x, n in ((r, 'C'), (after, 'N'))]
+    if beads := None in ends: ends = [alpha_atom(r), alpha_atom(after)]
+    if None in ends: return False
+    step = frame.xyz[:1, ends[1]] - frame.xyz[:1, ends[0]]
+    shift = _images(frame[0], step)
+    return bool(np.linalg.norm(step if shift is None else step - shift) > (.5 if beads else .25))
 
 # %% ../nbs/07b_bonds.ipynb #81e74ef5
 def standard_topology(
     topology: md.Topology,
     path: str | Path = 'topology', # where it comes from, for errors
+    frame: md.Trajectory | None = None, # positions, which tell chains apart where names do not
 ) -> md.Topology:
     """The same atoms in the same order, with known names, chains apart and their bonds. Raises `ValueError` for a
     residue in two places."""
     import mdtraj as md
     _refuse_pieces(topology, path)
-    ends, names = set(_ends(topology)), {r.index: _known_name(r) for r in topology.residues}
+    ends, names = set(_ends(topology, frame)), {r.index: _known_name(r) for r in topology.residues}
     if not ends and all(names[r.index] == r.name for r in topology.residues): return topology
     new = md.Topology()
     for c in topology.chains:
@@ -129,7 +140,8 @@ class Molecule:
     ):
         self.topology, self.alphas = topology, [a for r in topology.residues if (a := alpha_atom(r)) is not None]
         self.beads = self._beads()
-        bonds = [(a, b) for a, b in topology.bonds if self._covalent(a, b)]
+        protein = set(protein_atoms(topology)) if self.alphas else range(topology.n_atoms) # water may be cut anywhere
+        bonds = [(a, b) for a, b in topology.bonds if a.index in protein and self._covalent(a, b)]
         if bonds:
             self.bonds = np.array([(a.index, b.index) for a, b in bonds])
             self.length = np.array([_RADIUS[a.element.symbol] + _RADIUS[b.element.symbol] for a, b in bonds])
@@ -138,6 +150,7 @@ class Molecule:
                 [(a.index, b.index) for a, b in topology.bonds], int).reshape(-1, 2)
             self.length = np.full(len(self.bonds), .38)
         self.atomic = bool(bonds)
+        self.longest = np.float32((1.35 if bonds else 2.)*self.length) # of a bond that is not broken
         self.chains = self._chains()
 
     def _beads(self): # (n, 2) C-alphas in sequence
@@ -159,25 +172,29 @@ class Molecule:
     def faults(self,
         t: md.Trajectory,
         first: int = 0, # number of the first of them in its file: unit and order are those of the file
-        named: bool = False, # the names stand beside the positions: their order cannot be wrong, and chains may be
-        # in images of a crystal
+        named: bool = False, # the names stand beside the positions: their order cannot be wrong
+        crystal: bool = False, # chains may be in images of a crystal
     ) -> Iterator[tuple]: # of flags (T,), atom (T,), text
         "What is wrong with frames, one fault after another."
-        finite = np.isfinite(t.xyz).all(2) # (T, N)
+        finite = np.isfinite(t.xyz.sum((1, 2)))
         if not finite.all():
-            bad = ~finite.all(1)
-            yield bad, finite.argmin(1), 'its position is not a number; the frame is damaged'
-        sound = np.flatnonzero(finite.all(1))
+            yield ~finite, np.isfinite(t.xyz).all(2).argmin(1), 'its position is not a number; the frame is damaged'
+        sound = np.flatnonzero(finite)
         if not len(self.bonds) or not len(sound): return
-        step = t.xyz[:, self.bonds[:, 1]] - t.xyz[:, self.bonds[:, 0]] # (T, n, 3) nm
-        far = np.linalg.norm(np.nan_to_num(step), axis=2)
+        step = np.take(t.xyz, self.bonds[:, 1], 1) - np.take(t.xyz, self.bonds[:, 0], 1) # (T, n, 3) nm
+        if len(sound) < len(t): step = np.nan_to_num(step)
+        far = np.sqrt(np.einsum('tnk,tnk->tn', step, step))
+        if not first or (far > self.longest).any(): yield from self._broken(t, step, far, sound, first, named)
+        if not crystal and (apart := self._other_images(t)) is not None: yield apart
+
+    def _broken(self, t, step, far, sound, first, named): # faults of which bonds tell
         every, worst = np.ones(len(t), bool), self.bonds[far.argmax(1), 0]
         if not first and (unit := _wrong_unit(far[sound[0]]/self.length, self.atomic)):
             yield every, worst, f'its neighbour is {far[0].max():.3g} nm away, and {unit}'
             return
-        broken = far > (1.35 if self.atomic else 2.)*self.length
+        broken = far > self.longest
         if (shift := _images(t, step)) is not None:
-            mended = np.linalg.norm(np.nan_to_num(step - shift), axis=2) <= (1.35 if self.atomic else 2.)*self.length
+            mended = np.linalg.norm(step - shift, axis=2) <= self.longest
             cut = (broken & mended).any(1)
             if cut.any():
                 k = int(cut.argmax())
@@ -185,8 +202,8 @@ class Molecule:
                 yield cut, at, (f'its neighbour is {far[k][broken[k] & mended[k]].max():.1f} nm away: the molecule is '
                                 f'split across the box; read it with --periodic (periodic=True)')
                 broken &= ~cut[:, None]
-        if not (first or named) and self._shuffled(far[sound[0]], broken[sound[0]]):
-            yield every, worst, (f'its neighbour is {far[sound[0]].max():.2g} nm away, and so are others '
+        if not (first or named) and self._shuffled(t, far, broken, sound):
+            yield every, worst, (f'its neighbour is {far[sound[0]].max():.2g} nm away, and others are too far '
                                  f'({broken[sound[0]].sum()} of {len(self.bonds)} bonds are too long): the atoms are '
                                  f'in another order than in the structure; give the structure that the trajectory was '
                                  f'written with')
@@ -195,20 +212,35 @@ class Molecule:
         if long.any():
             yield long, worst, (f'its neighbour is {far[long].max():.1f} nm away: if the molecule is split across the '
                                 f'box, read it with --periodic (periodic=True), else the frame is damaged')
-        if not named and (apart := self._other_images(t)) is not None: yield apart
 
-    def _shuffled(self, far, broken): # hot or made frames have a few long bonds; beads tell nothing
-        return self.atomic and bool(broken.mean() > .5 or (far > 2.2*self.length).sum() > max(2, .05*len(far)))
+    def _shuffled(self, t, far, broken, sound): # hot or made frames have a few long bonds; beads tell nothing
+        if not self.atomic: return False
+        one = far[sound[0]]
+        if broken[sound[0]].mean() > .5 or (one > 2.2*self.length).sum() > max(2, .05*len(one)): return True
+        return len(sound) > 1 and self._exchanged(t, broken, sound[:10])
+
+    def _exchanged(self, t, broken, frames): # two atoms in each other's place: other atoms are where bonds end
+        long = np.flatnonzero(broken[frames].all(0))
+        atoms, n = np.unique(self.bonds), 0
+        radius = np.array([_RADIUS[self.topology.atom(int(i)).element.symbol] for i in atoms])
+        for b in long[:100]:
+            usurped = False
+            for i in self.bonds[b]:
+                bonded = np.r_[i, self.bonds[(self.bonds == i).any(1)].ravel()]
+                free = ~np.isin(atoms, bonded)
+                near = np.linalg.norm(t.xyz[frames][:, atoms[free]] - t.xyz[frames][:, [i]], axis=2).max(0)
+                usurped |= bool((near < 1.2*(radius[free] + radius[atoms == i])).any())
+            n += usurped
+        return n > 1
 
     def _other_images(self, t): # chains that touch through the box only
         if len(self.chains) < 2 or t.unitcell_vectors is None: return
         for k, b in enumerate(self.chains[1:], 1):
-            through, direct = np.zeros(len(t), bool), np.zeros(len(t), bool)
-            for a in self.chains[:k]:
-                near, image = _closest(t, a, b)
-                direct |= near < 1.
-                through |= image < .8
-            if (bad := through & ~direct).any():
+            bad, far = np.zeros(len(t), bool), np.arange(len(t))
+            for a in self.chains[:k]: far = far[~_touching(t.xyz[far], a, b)]
+            for i in np.array_split(far, len(far)//100 + 1): # frames without a contact, few at a time
+                if len(i): bad[i] = np.any([_closest(t[i], a, b) < .8 for a in self.chains[:k]], axis=0)
+            if bad.any():
                 chain = self.topology.atom(int(b[0])).residue.chain
                 return bad, np.full(len(t), b[0]), (f'chain {chain.index + 1} touches the others through the periodic '
                                                     f'box only: the chains are in different images; read the file '
@@ -250,11 +282,16 @@ def _half_box(t): # nm, (T,) or a number: longer than any bond
     shortest = t.unitcell_lengths.min(1)
     return np.minimum(5., np.where(shortest > 0, shortest/2, 5.))
 
-def _closest(t, a, b): # (T,) nm, (T,) nm: least distance of two sets of atoms, and over images
+def _touching(xyz, a, b, cutoff=1.): # (T,) of bool: within so many nm without the box
+    centre = xyz[:, a].mean(1, keepdims=True)
+    a, b = xyz[:, a] - centre, xyz[:, b] - centre
+    square = (a*a).sum(2)[:, :, None] + (b*b).sum(2)[:, None] - 2*a @ b.transpose(0, 2, 1)
+    return (square < cutoff**2).any((1, 2))
+
+def _closest(t, a, b): # (T,) nm: least distance of two sets of atoms over images
     step = t.xyz[:, b][:, None] - t.xyz[:, a][:, :, None] # (T, A, B, 3)
     shift = _images(t, step)
-    least = lambda v: np.linalg.norm(v, axis=-1).min((1, 2))
-    return least(step), least(step - (0 if shift is None else shift))
+    return np.linalg.norm(step if shift is None else step - shift, axis=-1).min((1, 2))
 
 def _outward(topology, bonds): # int32 (n, 2): bonds from the first atom of each molecule outward
     from scipy.sparse import coo_matrix
@@ -276,7 +313,7 @@ def _gathered(t, chains): # each chain in the image that is nearest to those bef
     here = lambda: type(t)(xyz, t.topology, unitcell_lengths=t.unitcell_lengths, unitcell_angles=t.unitcell_angles)
     while waiting:
         known = np.concatenate([chains[k] for k in placed])
-        nearest = min(waiting, key=lambda k: _closest(here(), known, chains[k])[1].mean())
+        nearest = min(waiting, key=lambda k: _closest(here(), known, chains[k]).mean())
         step = xyz[:, chains[nearest]][:, None] - xyz[:, known][:, :, None]
         shift = _images(t, step)
         i = np.linalg.norm(step - shift, axis=-1).reshape(len(t), -1).argmin(1)

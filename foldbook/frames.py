@@ -72,12 +72,14 @@ def load_topology(
     import mdtraj as md
     if not Path(topology).exists(): raise FileNotFoundError(f'{topology}: no such topology file')
     try:
-        gro = Path(topology).suffix.lower() == '.gro'
-        found = first_frame(topology).topology if gro else md.load_topology(str(topology))
+        frame = first_frame(topology) if Path(topology).suffix.lower() in _WITH_POSITIONS else None
+        found = md.load_topology(str(topology)) if frame is None else frame.topology
     except (*_BROKEN, NotImplementedError) as e:
         raise ValueError(f'{topology}: no topology can be read from it ({e}); give a PDB file or another that names '
                          f'the atoms') from e
-    return standard_topology(found, topology)
+    return standard_topology(found, topology, frame)
+
+_WITH_POSITIONS = ('.gro', '.pdb', '.ent', '.cif')
 
 def first_frame(
     path: str | Path, # a file with names and positions

@@ -226,7 +226,7 @@ def _cif_without(text, gone): # mmCIF text of the first model
 # %% ../nbs/11b_structures.ipynb #d4bec65a
 _PACKED = {'.gz': gzip.open, '.xz': lzma.open, '.bz2': bz2.open}
 
-def read_structure(source: str|Path|md.Trajectory|Structure # PDB or mmCIF file, packed or not; a PDB id; or a frame
+def read_structure(source: str|Path|md.Trajectory|Structure # PDB, mmCIF (packed or not) or .gro; a PDB id; a frame
                    ) -> Structure:
     """The first model of a structure. Raises `FileNotFoundError`, or `ValueError` for a file that is neither PDB nor
     mmCIF or has no atoms."""
@@ -236,6 +236,7 @@ def read_structure(source: str|Path|md.Trajectory|Structure # PDB or mmCIF file,
     if len(str(source)) == 4 and not Path(source).exists(): source = fetch(f'pdb:{source}', progress=False).topology
     path = Path(source)
     if not path.exists(): raise FileNotFoundError(f'{path}: no such structure file')
+    if path.suffix.lower() == '.gro': return _from_gro(path)
     unpack, kind = _PACKED.get(path.suffix.lower(), open), _kind(path)
     try:
         with unpack(path, 'rt', errors='replace') as f: text = f.read()
@@ -246,6 +247,13 @@ def read_structure(source: str|Path|md.Trajectory|Structure # PDB or mmCIF file,
                          f'.mmcif, with .gz, .bz2 or .xz after it if packed') from e
     if not rows: raise ValueError(f'{path}: has no atoms; give a PDB or mmCIF file with coordinates')
     return Structure(path.name, rows, models, kind, text)
+
+def _from_gro(path):
+    try: t = first_frame(path)
+    except (ValueError, OSError, IndexError, TypeError) as e:
+        raise ValueError(f'{path}: not a .gro file that can be read ({e})') from e
+    t.topology = standard_topology(t.topology, path, t)
+    return Structure(path.name, list(_trajectory_rows(t)), 1, '', t)
 
 def _kind(path): # '.cif' or '.pdb', by the name
     name = path.stem if path.suffix.lower() in _PACKED else path.name
@@ -273,19 +281,27 @@ def load_native(path: str | Path # PDB, mmCIF, or any other file with coordinate
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path}: no such structure file')
     name = Path(path.stem) if path.suffix.lower() in _PACKED else path
-    if name.suffix.lower() in ('.pdb', '.ent', '.cif', '.mmcif', '.pdbx'): t = read_structure(path).trajectory
+    crystal = name.suffix.lower() in ('.pdb', '.ent', '.cif', '.mmcif', '.pdbx')
+    if crystal:
+        found = read_structure(path)
+        t, crystal = found.trajectory, _of_crystal(found)
     else:
         try: t = first_frame(path)
         except (ValueError, OSError, IndexError, NotImplementedError) as e:
             raise ValueError(f'{path}: not a structure with positions and atom names, such as a PDB file ({e})') from e
-    t.topology = standard_topology(t.topology, path)
+    t.topology = standard_topology(t.topology, path, t)
     for i in ca_atoms(t.topology): t.topology.atom(int(i)).element = md.element.carbon
     atoms = protein_atoms(t.topology)
     t = t if len(atoms) == t.n_atoms else t.atom_slice(atoms)
-    for _, atom, what in Molecule(t.topology).faults(t, named=True):
+    for _, atom, what in Molecule(t.topology).faults(t, named=True, crystal=crystal):
         raise ValueError(f'{path}: atom {t.topology.atom(int(atom[0]))}: {what.partition(";")[0]}; give a structure '
                          f'that is whole, in one piece, in the unit of its format')
     return t
+
+def _of_crystal(structure): # by its space group; simulations have P 1
+    if structure.kind == '.cif': return True
+    cell = next((line[55:66].strip() for line in structure.source.splitlines() if line.startswith('CRYST1')), '')
+    return cell not in ('', '1', 'P 1', 'P1')
 
 def protein_chain(source: str|Path|md.Trajectory, # as for `read_structure`
                   chain: str|None = None # chain identifier; default the first that has whole residues

@@ -112,6 +112,10 @@ def _propagate_train(system: Annotated[Optional[list[str]], typer.Option(help='F
         raise ValueError('give --system, or --traj and --top together')
     how = dict(stride=stride, periodic=periodic, spacing_ps=spacing, restart=restart, timed=True)
     motions = _motions(system, **how) if system else {Path(top).stem: motion(_trajectories(traj, top, **how))}
+    for k, m in motions.items():
+        if lost := m.tree.summary.dropped + m.tree.summary.unplaced:
+            names = ', '.join(f'{residue} ({" ".join(atoms)})' for residue, atoms in lost)
+            print(f'{k}: atoms that cannot be built from a residue of this name are left out: {names}')
     p = Propagator(lags=tuple(lag or [1]), start=start, width=width, layers=layers, steps=steps, batch_size=batch_size,
                    cartesian=cartesian, accelerator=accelerator, seed=seed).fit(motions, progress=bars(),
                                                                                 directory=out/'training')
