@@ -227,7 +227,8 @@ class MemoryCommittor(Stored):
         taus, tried = [3.], 3.
         while (tried := tried*10**.5) <= max(path, 10.): taus.append(float(round(tried)))
         parts = self._descriptions(features)
-        made = [cross_fitted(lambda d=d: FirstCommittor(d, self.lag), p, states, self.folds, self.lag) for d, p in parts]
+        made = [cross_fitted(lambda d=d: FirstCommittor(d, self.lag), p, states, self.folds, self.lag)
+                for d, p in parts]
         first = [m[1] for m in made]
         self.fitted = dict(taus=np.array(taus)) | {f'first{k}.{n}': v for k, f in enumerate(first)
                                                    for n, v in f.fitted.items()}

@@ -215,4 +215,4 @@ def test_bad_input():
         MSMCommittor(n_cells=5, tica_lag=2).fit([x[0], x[0] + 99], apart)
     with pytest.raises(ValueError, match='oracle.*vampnet'): baseline('oracle')
     assert baseline('srv', 4, 7).seed == 4 and baseline('srv', 4, 7).lag == 7 and set(BASELINES) == {'logistic', 'msm',
-                                                                                                     'vampnet', 'srv', 'memory'}
+                                                                                            'vampnet', 'srv', 'memory'}

@@ -111,7 +111,7 @@ def series(tmp_path_factory):
     np.savetxt(home/'table.txt', np.zeros((60_000, 2)), fmt='%d')
     (home/'empty.txt').write_text('')
     p = system.sample(60_000, 1, seed=5)[0]
-    x, s = system.coordinates[p, 0], system.states[p]
+    s = system.states[p]
     (home/'colvar').write_text('#! FIELDS time q\n' + ''.join(f'{0.2*t:.1f} {v:.6f}\n'
                                                               for t, v in enumerate(system.committor[p])))
     np.savetxt(home/'colvar_flags.txt', s)
