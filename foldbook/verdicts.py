@@ -92,7 +92,7 @@ def _judge_leak(result, r, states, reference, lengths):
         return Verdict('uses the future', False, 'between the states it is 0 or 1 on 99 % of the frames, and every '
                                                  'time what it says comes true', _HONEST)
     # else any profile is flat
-    resolved = result.n_ab and result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5
+    resolved = result.n_ab >= 10 and result.t_ne is None and result.lags[0] == 1 and mean_transition_path(states) >= 5
     if resolved and (result.t_sd < 0.2 or result.t_max < 0.6):
         return Verdict('uses the future', False, f'the profile is flatter than chance permits (T_sd '
                                                  f'{result.t_sd:.2f}, T_max {result.t_max:.2f}; the true committor '
