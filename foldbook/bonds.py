@@ -90,7 +90,7 @@ def _ends(topology, frame): # residues after which another chain begins
         if r.chain is not after.chain: continue
         names = {a.name for a in r.atoms}
         last = names & {'OXT', 'OT2', 'OC2'} or {'O1', 'O2'} <= names or r.name in CAPS[2:]
-        back, next_to = after.resSeq <= r.resSeq, after.resSeq - r.resSeq == 1
+        back, next_to = after.resSeq < r.resSeq, after.resSeq - r.resSeq == 1 # 52 and 52A are of one chain
         if last or after.name in CAPS[:2] or back and not named: yield r.index
         elif frame is not None and (back or next_to and not named) and _parted(frame, r, after): yield r.index
 

@@ -20,6 +20,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 # %% ../../nbs/61_command_line.ipynb #9f6bc2fc
+_PYTHON_ONLY = '; damaged="skip" leaves such frames out' # advice that no option of a command follows
+
 class Group(TyperGroup):
     "Commands whose errors are one line on stderr and exit code 2, unless `--debug` is given."
     def main(self, args=None, **kwargs):
@@ -33,7 +35,7 @@ class Group(TyperGroup):
         except Exception as e:
             if debug: raise
             said = e.args[0] if isinstance(e, KeyError) and e.args else e
-            message, code = ' '.join(str(said).split()) or type(e).__name__, 2
+            message, code = ' '.join(str(said).split()).replace(_PYTHON_ONLY, '') or type(e).__name__, 2
         print(f'error: {message}', file=sys.stderr)
         sys.exit(code)
 
