@@ -120,9 +120,8 @@ def export(run: _RunDir, name: _Name='',
         raise ValueError('this run reads series; a simulation can compute features of a structure only')
     student, inputs = load(found.path/'models'/slug), check(found.config)
     if type(student).__name__ != 'Student' or student.get_params()['architecture'] != 'mlp':
-        able = [s for s in found.models if s.startswith('mlp')]
-        raise ValueError(f'{found.models[slug]} cannot be exported: it is not a memoryless network (mlp)'
-                         + (f'; {", ".join(able)} can' if able else '; run again with --students mlp:martingale'))
+        raise ValueError(f'{found.models[slug]} cannot be exported: it is not a memoryless network (mlp) of smooth '
+                         f'features; the chapter Out of the book trains one')
     from foldbook import export as written
     from foldbook.structures import load_native
     native = load_native(inputs.native)
