@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import check_choice, check_least, digest
-from .committor import as_ensemble, check_states, clamp, outcomes
+from .committor import as_ensemble, check_states, check_weights, clamp, outcomes
 from .maps import IsotonicCommittor, least_probability
 from .memory import MemoryCommittor, Stored
 from .scores import scores
@@ -277,7 +277,7 @@ def _keep_best(coordinate, tried, validation):
     "Give a coordinate those of several fitted sets that have the least log-loss on the validation part."
     losses = [0.]*len(tried)
     for i, coordinate.fitted in enumerate(tried if validation and len(tried) > 1 else []):
-        losses[i] = scores(coordinate.transform(*validation), validation[1]).log_loss
+        losses[i] = scores(coordinate.transform(*validation[:2]), *validation[1:]).log_loss
     coordinate.fitted = tried[int(np.argmin(losses))]
     return coordinate
 
@@ -295,18 +295,20 @@ class LogisticCommittor(Stored):
             validation: tuple | None = None, # features and flags of other trajectories; they choose the strength
             directory: str | Path | None = None, # not needed: this fit is not stopped and resumed
             progress: bool = False, # not needed: no bar
+            weights: list | None = None, # statistical weight of each frame; None: all alike
             ) -> 'LogisticCommittor':
         "Regress the outcomes of interior frames."
         from sklearn.linear_model import LogisticRegression
         x, f, y = (np.concatenate(e) for e in (as_ensemble(features), check_states(states),
                                                outcomes(states)))
         known = (f < 0) & np.isfinite(y)
+        w = np.concatenate(check_weights(weights, [len(v) for v in states]))[known]
         if len(set(y[known])) < 2:
             raise ValueError('the training part needs interior frames that go to A and others that go to B')
         mean, scale = _standard(x[known])
         tried = []
         for c in self.strengths if validation else self.strengths[len(self.strengths)//2:][:1]:
-            m = LogisticRegression(C=c, max_iter=300).fit((x[known] - mean)*scale, y[known].astype(int))
+            m = LogisticRegression(C=c, max_iter=300).fit((x[known] - mean)*scale, y[known].astype(int), w)
             tried.append(dict(mean=mean, weights=m.coef_[0]*scale, offset=m.intercept_[0], strength=c,
                               least=least_probability(states)))
         return _keep_best(self, tried, validation)

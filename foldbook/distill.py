@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator
 from torch import nn
 
 from .base import check_choice, check_least, digest, read_json, read_tensors, write_json, write_tensors
-from .committor import as_ensemble, check_states, clamp, count_transitions
+from .committor import as_ensemble, check_states, check_weights, clamp, count_transitions
 from .maps import martingale_equations, recalibration
 from .networks import ARCHITECTURES, CommittorNetwork, Windows, directions, doublings, predict
 from .objectives import LOSSES, TARGETS, both_ends, interior_zq, loss_value, targets, variational
@@ -58,10 +58,11 @@ class Distillation(Task):
         windows: Windows, # of the training frames
         states: list, # int8 (T,) per trajectory
         teacher: list | None = None, # committor of the same frames
-        validation: tuple | None = None, # windows and states of other trajectories
+        validation: tuple | None = None, # windows and states of other trajectories, and their weights if there are any
+        weights: list | None = None, # statistical weight of each frame, 1 on average
     ):
         self.options, self.network, self.windows, self.states, self.teacher = options, network, windows, states, teacher
-        self.validation = validation
+        self.validation, self.weights = validation, weights
         has_targets, interior = options.loss in TARGETS, [np.where(s < 0, 0., np.nan) for s in states]
         self.usable = _usable(self.targets(options.loss, 0) if has_targets else interior)
         if options.bagging: self.usable = _bagged(self.usable, states, options.seed)
@@ -81,6 +82,7 @@ class Distillation(Task):
         o, self.device = self.options, device
         for w in (self.windows, self.validation[0]) if self.validation else (self.windows,): w.to(device)
         self.flags = torch.from_numpy(np.concatenate(self.states)).float().to(device)
+        self.share = None if self.weights is None else torch.from_numpy(np.concatenate(self.weights)).float().to(device)
         if o.loss != 'variational' and not o.zq_weight: return
         self.ends = {lag: tuple(e.to(device) for e in both_ends(self.states, lag)) for lag in o.lags}
         lengths = [len(s) for s in self.states]
@@ -103,11 +105,12 @@ class Distillation(Task):
         o, epoch = self.options, self.loop.current_epoch
         if o.dropout: torch.manual_seed((1_000_003 * (1_000_003 * o.seed + epoch) + i) % 2**63)
         index = self.order[i::self.n_batches][share]
-        z = self.network(self.windows(index))
-        loss = sum(w * loss_value(name, z, y[index]) for w, name, y in self.terms)
+        z, heavy = self.network(self.windows(index)), None if self.share is None else self.share[index]
+        loss = sum(w * loss_value(name, z, y[index], heavy) for w, name, y in self.terms)
         if o.loss == 'variational':
             lag = o.lags[i % len(o.lags)]
-            loss = loss + variational(self.network, self.windows, self.flags, self.ends[lag], index, z) / lag
+            loss = loss + variational(self.network, self.windows, self.flags, self.ends[lag], index, z,
+                                      1. if heavy is None else heavy) / lag
         return loss + o.zq_weight * self._zq_penalty(epoch, i) if o.zq_weight else loss
 
     def _zq_now(self):
@@ -115,7 +118,8 @@ class Distillation(Task):
         r = np.concatenate(clamp(predict(self.network, self.windows), self.states))
         r, frames = torch.from_numpy(r).float().to(self.device), torch.arange(len(r), device=self.device)
         ends = {k: e[0] for k, e in self.ends.items()}
-        return interior_zq(r[None], frames[None], self.flags[None], ends) * self.frames_per_transition
+        heavy = None if self.share is None else self.share[None]
+        return interior_zq(r[None], frames[None], self.flags[None], ends, heavy) * self.frames_per_transition
 
     def _zq_penalty(self, epoch, i):
         """Gradient of the mean square of Z_q / N_AB: what the last batches found, never more than 1, times what this
@@ -130,7 +134,8 @@ class Distillation(Task):
         flags = self.flags[frames]
         r = torch.sigmoid(self.network(self.windows(frames.flatten()))).view(frames.shape)
         r, ends = torch.where(flags >= 0, flags, r), {k: e[0] for k, e in self.ends.items()}
-        z = interior_zq(r, frames, flags, ends) * self.frames_per_transition
+        heavy = None if self.share is None else self.share[frames]
+        z = interior_zq(r, frames, flags, ends, heavy) * self.frames_per_transition
         penalty = min(1, 2 * epoch / o.max_epochs) * 2 * (self.zq.clamp(-1, 1) * z).mean()
         self.zq = .98 * self.zq + .02 * z.detach()
         return penalty
@@ -138,9 +143,9 @@ class Distillation(Task):
     def judge(self, network: nn.Module) -> dict:
         "Scores on the validation trajectories; without any, the last epoch counts as the best."
         if self.validation is None: return dict(log_loss=float('nan'), t_max=float('nan'), score=float('nan'))
-        windows, states = self.validation
-        r = clamp(predict(network, windows), states)
-        log_loss, t_max = float(scores(r, states).log_loss), cut_profiles(r, states, n_bins=200).t_max
+        windows, states, *weights = self.validation
+        r, w = clamp(predict(network, windows), states), weights[0] if weights else None
+        log_loss, t_max = float(scores(r, states, w).log_loss), cut_profiles(r, states, None, 200, w).t_max
         t_max = float('nan') if t_max is None else float(t_max)
         return dict(log_loss=log_loss, t_max=t_max, score=float(selection_score(log_loss, t_max)))
 
@@ -185,6 +190,7 @@ def solve_head(
     lam: float = 0.5, # as in the martingale loss
     ridge: float = 1e-3, # of the change, relative to the diagonal of the equations
     steps: int = 4, # of Newton's method
+    weights: list | None = None, # statistical weight of each frame; None: all alike
 ) -> None:
     """Make the increments of the committor orthogonal to what the last layer reads: LSTD for a sigmoid, by Newton's
     method."""
@@ -192,10 +198,10 @@ def solve_head(
     w = start = torch.cat([network.head.weight[0], network.head.bias]).detach().double().cpu().numpy()
     for _ in range(steps):
         A, b = 0, 0
-        for f, s in zip(phi, states):
+        for f, s, v in zip(phi, states, check_weights(weights, [len(s) for s in states])):
             f = f.astype(np.float64)
             r = 1 / (1 + np.exp(-f @ w))
-            a, c = martingale_equations(f, f * (r * (1 - r))[:, None], np.where(s >= 0, s, r), s, lam)
+            a, c = martingale_equations(f * v[:, None], f * (r * (1 - r))[:, None], np.where(s >= 0, s, r), s, lam)
             A, b = A + a, b + c
         D = ridge * np.diag(np.abs(np.diag(A)))
         w = w + np.linalg.lstsq(A - D, D @ (w - start) - b, rcond=1e-10)[0]
@@ -279,8 +285,8 @@ class StudentOptions:
 HARDWARE = ('accelerator', 'devices', 'threads') # options that do not change what is learned
 
 # %% ../nbs/42_distillation.ipynb #d683bf6d
-def _validated(student, features, states, teacher, validation):
-    "All inputs of `fit`, checked together."
+def _validated(student, features, states, teacher, validation, weights):
+    "All inputs of `fit`, checked together; weights are 1 on average between the states."
     X = as_ensemble(features, np.float32, 'features')
     S = check_states(states, [len(x) for x in X])
     if (teacher is None) and student.loss.startswith('teacher'):
@@ -290,11 +296,16 @@ def _validated(student, features, states, teacher, validation):
         check_states(S, [len(t) for t in teacher])
     if validation is not None:
         V = as_ensemble(validation[0], np.float32, 'validation features')
-        validation = V, check_states(validation[1], [len(x) for x in V])
+        more = [check_weights(w, [len(x) for x in V]) for w in validation[2:]]
+        validation = V, check_states(validation[1], [len(x) for x in V]), *more
+    if weights is not None:
+        weights = check_weights(weights, [len(x) for x in X])
+        mean = np.concatenate([w[s < 0] for w, s in zip(weights, S)]).mean()
+        weights = [w / mean for w in weights]
     shapes = {x.shape[1:] for x in X + (validation[0] if validation else [])}
     if len(shapes) > 1 or any(len(s) != 1 for s in shapes):
         raise ValueError(f'features must be (T, F) with the same F in every trajectory; found {sorted(shapes)}')
-    return X, S, teacher, validation
+    return X, S, teacher, validation, weights
 
 # %% ../nbs/42_distillation.ipynb #6ce8dd69
 def _pace(X, mix):
@@ -314,16 +325,17 @@ def with_nan(history: list) -> list:
     return [{k: float('nan') if v is None else v for k, v in row.items()} for row in history]
 
 # %% ../nbs/42_distillation.ipynb #512609eb
-def _train_members(student, X, S, teacher, validation, directory, progress):
+def _train_members(student, X, S, teacher, validation, weights, directory, progress):
     "Train each member, from its checkpoint if there is one; returns networks and log books."
     options = {k: v for k, v in asdict(student).items() if k not in HARDWARE}
-    fingerprint = digest('student', options, X, S, teacher, validation) if directory else ''
-    held_out = validation and (student.windows(validation[0]), validation[1])
+    more = [] if weights is None else [weights]
+    fingerprint = digest('student', options, X, S, teacher, validation, *more) if directory else ''
+    held_out = validation and (student.windows(validation[0]), *validation[1:])
     networks, books = [], []
     for member in range(student.members):
         own = StudentOptions(**asdict(student) | dict(seed=student.seed + 1000 * member))
         torch.manual_seed(own.seed)
-        task = Distillation(own, student._network(), student.windows(X), S, teacher, held_out)
+        task = Distillation(own, student._network(), student.windows(X), S, teacher, held_out, weights)
         label = f'{own.architecture}, {own.loss}' + (f', member {member}' if student.members > 1 else '')
         checkpoint = Path(directory) / f'member_{member}.ckpt' if directory else None
         books.append(train_network(task, checkpoint, fingerprint, label, progress))
@@ -352,21 +364,23 @@ class Student(StudentOptions, BaseEstimator):
         features, # float32 (T, F) per trajectory
         states, # int8 (T,) per trajectory: 0 in A, 1 in B, -1 elsewhere
         teacher=None, # committor of the same frames, for the teacher losses
-        validation=None, # (features, states) of other trajectories, for early stopping
+        validation=None, # (features, states) of other trajectories, for early stopping; weights may come third
         directory=None, # where to keep checkpoints; a fit that was killed goes on from there
         progress: bool = True, # show a bar of epochs
+        weights=None, # statistical weight of each training frame, (T,) per trajectory
     ) -> 'Student':
         """Train; raises `ValueError` for data that do not fit together or a directory that holds another student's
         checkpoints."""
         _check_options(self)
-        X, S, teacher, validation = _validated(self, features, states, teacher, validation)
+        X, S, teacher, validation, weights = _validated(self, features, states, teacher, validation, weights)
         self.mean, self.mix = directions(X, S, self.components, self.keep)
         self.pace, self.bend = _pace(X, self.mix) if self.differences else None, None
         with quiet(self.threads):
-            self.networks, books = _train_members(self, X, S, teacher, validation, directory, progress)
+            self.networks, books = _train_members(self, X, S, teacher, validation, weights, directory, progress)
             if self.lstd:
-                for network in self.networks: solve_head(network, self.windows(X), S, self.lam, self.ridge)
-            if self.calibrate: self.bend = np.stack(recalibration(self.transform(X), S))
+                for network in self.networks:
+                    solve_head(network, self.windows(X), S, self.lam, self.ridge, weights=weights)
+            if self.calibrate: self.bend = np.stack(recalibration(self.transform(X), S, weights=weights))
         self.history = [dict(member=m, **row) for m, b in enumerate(books) for row in b['history']]
         self.seconds, self.error_budget = sum(b['seconds'] for b in books), None
         if teacher:

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from .base import check_least, read_json, write_json
-from .committor import as_ensemble, check_coordinate, clamp, count_transitions
+from .committor import as_ensemble, check_coordinate, check_weights, clamp, count_transitions
 from .scores import forecasts
 from .zq import cut_profile, cut_profiles
 
@@ -100,13 +100,15 @@ class DiffusiveCommittor(_Map):
     def fit(self,
             x: list, # series, (T,) per trajectory
             states: list, # flags of the same frames
+            weights: list | None = None, # statistical weight of each frame; None: all alike
             ) -> 'DiffusiveCommittor':
         "Learn the map from a series and its flags."
         x, states = check_coordinate(x, states)
         a, b = _rims(x, states)
         u = [np.where(f == 0, 0, np.where(f == 1, 1, np.clip((v - a)/(b - a), 0, 1))) for v, f in zip(x, states)]
         edges, least = np.linspace(0, 1, self.n_bins + 1), least_probability(states)
-        z = cut_profile(u, n_bins=np.r_[0, (edges[:-1] + edges[1:])/2, 1])[1][:-1] # Z_C1 at the centre of each bin
+        centres = np.r_[0, (edges[:-1] + edges[1:])/2, 1]
+        z = cut_profile(u, weights=weights, n_bins=centres)[1][:-1] # Z_C1 at the centre of each bin
         q = resistance(np.maximum(z, z[z > 1e-9*z.max()].min()), edges)
         x, q = a + (b - a)*edges, least + (1 - 2*least)*q/q[-1]
         order = np.argsort(x)
@@ -120,14 +122,18 @@ class IsotonicCommittor(_Map):
     def fit(self,
             x: list, # series, (T,) per trajectory
             states: list, # flags of the same frames
+            weights: list | None = None, # statistical weight of each frame; None: all alike
             ) -> 'IsotonicCommittor':
         "Learn the map from a series and its flags."
         x, states = check_coordinate(x, states)
         a, b = _rims(x, states)
         value, outcome, _ = forecasts(x, states)
+        w = forecasts(check_weights(weights, [len(v) for v in x]), states)[0]
+        value, outcome, w = value[w > 0], outcome[w > 0], w[w > 0]
         if not len(value): raise ValueError('no interior frame with a known outcome in the training part')
-        self.x, k, n = np.unique(value, return_inverse=True, return_counts=True)
-        level, _ = _steps(np.bincount(k, outcome)/n, n, bool(b > a))
+        self.x, k = np.unique(value, return_inverse=True)
+        n = np.bincount(k, w)
+        level, _ = _steps(np.bincount(k, w*outcome)/n, n, bool(b > a))
         level = np.clip(level, least_probability(states), 1 - least_probability(states))
         same = np.r_[False, level[1:] == level[:-1], False]
         ends = ~(same[1:] & same[:-1])
@@ -250,6 +256,7 @@ def recalibration(
     lam: float = 0.5, # of the eligibility traces
     n_knots: int = 20, # at quantiles of r between the states
     ridge: float = 1e-3, # how firmly the function is held to the identity
+    weights: list | None = None, # statistical weight of each frame; None: all alike
 ) -> tuple: # knots, and the value at each: a piecewise linear, increasing function with 0 -> 0 and 1 -> 1
     """Monotone function of r whose stopped increments have no mean at any r: LSTD in one dimension, then isotonic
     regression."""
@@ -257,9 +264,9 @@ def recalibration(
     inside = np.concatenate([x[s < 0] for x, s in zip(r, states)])
     knots = np.unique(np.r_[0, np.quantile(inside, (np.arange(n_knots) + .5) / n_knots), 1])
     A, b = 0, 0
-    for x, s in zip(r, states):
+    for x, s, w in zip(r, states, check_weights(weights, [len(x) for x in r])):
         hats = np.stack([np.interp(x, knots, e) for e in np.eye(len(knots))[1:-1]], 1)
-        a, c = martingale_equations(hats, hats, x, s, lam)
+        a, c = martingale_equations(hats*w[:, None], hats, x, s, lam)
         A, b = A + a, b + c
     D = ridge * np.diag(np.abs(np.diag(A)))
     value = knots + np.r_[0, np.linalg.solve(A - D, -b), 0]

@@ -463,9 +463,12 @@ class NonparametricCommittor(BaseEstimator):
 def held_out(
     states: list, # flags of every trajectory given to `fit`
     trajectories, # indices of those that are not fitted
+    weights: list | None = None, # statistical weight of each frame of every trajectory; None: all alike
 ) -> Callable: # a monitor for `NonparametricCommittor.fit`; nan where no outcome is known
     "Monitor: log-loss of the next state on trajectories that the fit does not use."
+    s = check_states([states[i] for i in trajectories], both=False)
+    w = None if weights is None else forecasts([weights[i] for i in trajectories], s)[0]
     def monitor(r):
-        p, y, _ = forecasts([r[i] for i in trajectories], check_states([states[i] for i in trajectories], both=False))
-        return float(log_loss(p, y).mean()) if len(y) else float('nan')
+        p, y, _ = forecasts([r[i] for i in trajectories], s)
+        return float(np.average(log_loss(p, y), weights=w)) if len(y) else float('nan')
     return monitor

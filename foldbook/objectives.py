@@ -75,12 +75,14 @@ def loss_value(
     loss: str, # one of `TARGETS`
     z: torch.Tensor, # (B,) log-odds
     y: torch.Tensor, # (B,) targets between 0 and 1, nan to leave a frame out
+    weights: torch.Tensor | None = None, # (B,) of the frames, 1 on average over all; None: all alike
 ) -> torch.Tensor:
     "Mean loss of a batch: squared error for 'teacher_mse', cross-entropy for all others."
     known = torch.isfinite(y)
-    z, y = z[known], y[known]
-    if loss == 'teacher_mse': return functional.mse_loss(torch.sigmoid(z), y)
-    return functional.binary_cross_entropy_with_logits(z, y)
+    z, y, how = z[known], y[known], 'mean' if weights is None else 'none'
+    if loss == 'teacher_mse': value = functional.mse_loss(torch.sigmoid(z), y, reduction=how)
+    else: value = functional.binary_cross_entropy_with_logits(z, y, reduction=how)
+    return value if weights is None else (weights[known] * value).mean()
 
 # %% ../nbs/41e_objectives.ipynb #d5d6ecd3
 def variational(
@@ -90,13 +92,14 @@ def variational(
     ends: tuple, # int64 (N,), twice: where the window forward and the window backward of each frame end; -1 for none
     index: torch.Tensor, # (B,) interior frames
     z: torch.Tensor, # (B,) log-odds of those frames
+    weights: torch.Tensor | float = 1., # (B,) of those frames
 ) -> torch.Tensor:
     """Functional with stopping times of a batch: squared displacement of the windows that start at a frame, or come
     to it from a boundary (Krivov 2025)."""
     here, ahead, behind = torch.sigmoid(z), ends[0][index], ends[1][index]
     later = torch.where(flags[ahead] >= 0, flags[ahead], torch.sigmoid(network(windows(ahead.clamp(0)))))
     left = (behind >= 0) & (flags[behind] >= 0)
-    return ((ahead >= 0) * (later - here)**2 + left * (here - flags[behind])**2).mean()
+    return (weights * ((ahead >= 0) * (later - here)**2 + left * (here - flags[behind])**2)).mean()
 
 # %% ../nbs/41e_objectives.ipynb #3acb6bea
 def both_ends(
@@ -120,6 +123,7 @@ def interior_zq(
     start: torch.Tensor, # int64 (b, s): the frames, counted through all trajectories
     flags: torch.Tensor, # float (b, s): 0, 1 or -1
     ends: dict, # lag -> int64 (N,), where the window of each frame ends; -1 for none
+    weights: torch.Tensor | None = None, # float (b, s) of those frames; None: all alike
 ) -> torch.Tensor: # (lags, places), per frame of the blocks
     """Interior part of Z_q with soft bins: stopped displacements of the windows that start between the states below
     each place."""
@@ -127,6 +131,7 @@ def interior_zq(
     for lag, end in ends.items():
         hop = end[start[:, :-lag]] - start[:, :-lag]
         counts = (flags[:, :-lag] < 0) & (hop > 0) & (start[:, lag:] - start[:, :-lag] == lag)
+        if weights is not None: counts = counts * weights[:, :-lag]
         step = torch.gather(r, 1, torch.arange(hop.shape[1], device=r.device) + hop.clamp(0)) - r[:, :-lag]
         below = torch.sigmoid((_PLACES.to(r.device) - r[:, :-lag, None]) / .05)
         z.append(torch.einsum('bs,bsx->x', step * counts, below) / (lag * start.numel()))

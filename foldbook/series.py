@@ -12,6 +12,7 @@ import shlex
 import tokenize
 import warnings
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,25 @@ def _parts_of_text(path): # (names, line number of each row, numbers) of each pa
             raise ValueError(f'{path}: line {lines[0]} has {x.shape[1]} columns, and {len(names)} names stand above '
                              f'it: {" ".join(names)}')
     return parts
+
+def _cycles(path): # paths of a PyRETIS or infretis order file, or nothing; how often each counts comes fourth
+    head = islice(_open(path), 9) if _kind(path) in ('.txt', '.dat', '') else ()
+    if not any(line.startswith('# Cycle') for line in head): return []
+    cycles, names = [], ()
+    for i, line in enumerate(_open(path), 1):
+        if m := re.match(r'# Cycle:\s*(\d+),\s*status:\s*(\w+)', line):
+            if m[2] == 'ACC': cycles.append([i, [], 1])
+            elif cycles: cycles[-1][2] += 1 # the path before counts once more
+            else: raise ValueError(f'{path}: line {i}: the first path was rejected; begin with an accepted one')
+            keep = m[2] == 'ACC'
+        elif not cycles: raise ValueError(f'{path}: line {i}: stands before the first cycle')
+        elif line.startswith('#'): names = tuple(line.strip('# \n').split()) or names
+        elif keep: cycles[-1][1].append(line)
+    found = []
+    for first, rows, often in cycles:
+        x = _numbers(path, io.StringIO(''.join(rows)), 'float64', first + 2)
+        found.append([(names if len(names) == x.shape[1] else (), first + 2 + np.arange(len(x)), x, often)])
+    return found
 
 def _told(rows): # names in the last comment above the numbers of a plain table
     above = []
@@ -188,7 +208,7 @@ def _chosen(path, names, n, wanted): # number of a column
     raise ValueError(f'{path}: there is no column {wanted}; {known}')
 
 def _joined(path, parts): # names, lines, numbers of a run in several parts
-    names = parts[0][0]
+    names, parts = parts[0][0], [p[:3] for p in parts]
     shared = [n for n in names if all(n in p[0] for p in parts)]
     if names and not shared: raise ValueError(f'{path}: its parts have no column in common')
     if len({x.shape[1] for _, _, x in parts}) > 1 and not names:
@@ -269,15 +289,18 @@ def read_columns(
             continue
         path, column = split_column(name)
         wanted = columns if column is None else (column,)
-        runs = _arrays_of(path) if path.suffix.lower() == '.npz' else [_parts(path)]
-        made += [_one_run(path, r, wanted, time, weights, spacing_ps, stride, restart) for r in runs]
+        runs = _arrays_of(path) if path.suffix.lower() == '.npz' else _cycles(path) or [_parts(path)]
+        own = [_one_run(path, r, wanted, time, weights, spacing_ps, stride, restart) for r in runs]
+        if weights is None and any(len(r[0]) > 3 for r in runs): # paths of a Monte Carlo run
+            own = [(*m[:3], np.full(len(m[1]), float(r[0][3]))) for m, r in zip(own, runs)]
+        made += own
         sources += [str(name) if len(runs) == 1 else f'{name}, array {k}' for k in range(len(runs))]
     names = _names_of(files, made, sources)
     clocks = [m[2] for m in made]
     times = clocks if all(c is not None for c in clocks) else None
     if times: even_spacing(times, sources)
     return Ensemble([m[1] for m in made], times, names, ('',)*len(names),
-                    [m[3] for m in made] if weights is not None else None, tuple(sources))
+                    [m[3] for m in made] if all(m[3] is not None for m in made) else None, tuple(sources))
 
 def _names_of(files, made, sources): # of the columns, the same in all files
     named, width = made[0][0], made[0][1].shape[1]

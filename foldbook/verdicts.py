@@ -10,10 +10,12 @@ __all__ = ['judge', 'profile', 'explain']
 # %% ../nbs/41b_verdicts.ipynb #6bcf2f56
 import math, warnings
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from .committor import check_coordinate, clamp
+from .base import check_choice
+from .committor import check_coordinate, check_weights, clamp
 from .maps import beta_map, chain_map, isotonic_map
 from .scores import base_log_loss, forecasts, paired_log_loss, scores
 from .zq import (LIMIT, Verdict, ZqResult, cut_profiles, cycle_bootstrap, excursions, is_short, law,
@@ -40,11 +42,31 @@ def _copied(r, states):
         last, first, n = last + (x[f - 1] == x[f]).sum(), first + (x[p + 1] == x[p]).sum(), n + len(p)
     return last / max(n, 1), first / max(n, 1)
 
+# %% ../nbs/41b_verdicts.ipynb #7bae0cf2
+class _Sample(NamedTuple):
+    "What is judged, and how its windows end."
+    r: list
+    states: list
+    reference: list | None = None
+    lengths: int | list | None = None
+    weights: list | None = None
+    ends: str = 'fixed'
+    groups: list | None = None
+
+    def head(self, n_frames=1_000_000):
+        "The first trajectories, up to that many frames: enough for a diagnosis."
+        room = np.maximum(n_frames - np.cumsum([0] + [len(x) for x in self.r]), 0)[:-1]
+        k = np.count_nonzero(room)
+        cut = lambda v: v if v is None else [x[:n] for x, n in zip(v[:k], room)]
+        first = lambda v: v if np.ndim(v) == 0 else v[:k]
+        return _Sample(*map(cut, self[:3]), first(self.lengths), cut(self.weights), self.ends, first(self.groups))
+
 # %% ../nbs/41b_verdicts.ipynb #3d649a3f
 _ALIGN = 'index the coordinate and the flags by the same frame (a window of frames predicts its last one)'
 
-def _judge_boundary(result, r, states, reference, lengths):
+def _judge_boundary(result, sample):
     "Misaligned flags, or a boundary that was not clamped."
+    r, states = sample[:2]
     share, gap = _mismatch(r, states)
     if share:
         for k in (1, -1, 2, -2, 3, -3):
@@ -68,9 +90,9 @@ def _judge_boundary(result, r, states, reference, lengths):
 # %% ../nbs/41b_verdicts.ipynb #9b4993c1
 _HONEST = 'judge on frames that no fit has seen, and look for input from later frames or from outcomes'
 
-def _certain(r, states):
+def _certain(sample):
     "Nearly all forecasts are 0 or 1, of both kinds, and all of those come true."
-    r, states = _head(r, states)
+    r, states = sample.head()[:2]
     if sum(np.count_nonzero((np.minimum(x, 1 - x) >= 1e-6) & (s < 0))
            for x, s in zip(r, states)) > 0.02 * sum((s < 0).sum() for s in states):
         return False
@@ -80,15 +102,16 @@ def _certain(r, states):
     kinds = [len(np.unique(visit[sure & (y == k)])) for k in (0, 1)]
     return min(kinds) >= 10 and sure.mean() > 0.99 and bool((np.abs(p - y)[sure] < 0.5).all())
 
-def _judge_leak(result, r, states, reference, lengths):
+def _judge_leak(result, sample):
     "Better than possible."
+    r, states, reference = sample[:3]
     if reference is not None:
         difference, se = paired_log_loss(r, reference, states)
         if difference < -3 * se:
             return Verdict('uses the future', False, f'its log-loss is {-difference:.4f} +- {se:.4f} below that of '
                                                      f'the reference, which no coordinate without knowledge of the '
                                                      f'future can reach', 'look for input from later frames')
-    if _certain(r, states):
+    if _certain(sample):
         return Verdict('uses the future', False, 'between the states it is 0 or 1 on 99 % of the frames, and every '
                                                  'time what it says comes true', _HONEST)
     # else any profile is flat
@@ -99,11 +122,6 @@ def _judge_leak(result, r, states, reference, lengths):
                                                  f'stays above 0.2 and 0.6)', _HONEST)
 
 # %% ../nbs/41b_verdicts.ipynb #b471796c
-def _head(r, states, n_frames=1_000_000):
-    "The first trajectories, up to that many frames: enough for a diagnosis."
-    room = np.maximum(n_frames - np.cumsum([0] + [len(x) for x in r]), 0)
-    return tuple([x[:n] for x, n in zip(v, room) if n] for v in (r, states))
-
 def _lines(r, states):
     """Slope and intercept of two lines that stretch r to the range 0 to 1: through the outcomes by least squares,
     and through its extremes."""
@@ -115,20 +133,19 @@ def _lines(r, states):
             if k > 1.03]
 
 # %% ../nbs/41b_verdicts.ipynb #2bb6d250
-def _judge_cures(result, r, states, reference, lengths):
+def _judge_cures(result, sample):
     "Misaligned or miscalibrated, if a shift or a recalibration brings T_max down."
-    r, states = _head(r, states)
-    lags = result.lags[result.lags < max(max(map(len, r)), 2)]
-    name, lengths = result.decisive[0], lengths if np.ndim(lengths) == 0 else lengths[:len(r)]
+    r, states, _, lengths, *how = sample.head()
+    lags, name = result.lags[result.lags < max(max(map(len, r)), 2)], result.decisive[0]
     def trial(x, lags):
-        if name == 'T_ne':
-            return float(np.nan_to_num(studentised(clamp(x, states), states, lags, lengths=lengths), nan=np.inf).max())
-        return cut_profiles(clamp(x, states), states, lags, lengths=lengths).t_max or np.inf
-    t = trial(r, lags)
-    for k in (1, -1):
-        if (s := trial([_shift(x, k) for x in r], lags[:3])) < min(2.5, t / 2):
-            return Verdict('misaligned flags', False, f'{name} is {t:.2f}, and {s:.2f} if r is read one frame '
-                                                      f'{"later" if k > 0 else "earlier"}', _ALIGN)
+        x = clamp(x, states)
+        if name == 'T_max': return cut_profiles(x, states, lags, weights=how[0], lengths=lengths).t_max or np.inf
+        return float(np.nan_to_num(studentised(x, states, lags, 1000, how[0], lengths, *how[1:]), nan=np.inf).max())
+    t, near = trial(r, lags), trial(r, lags[:3])
+    for k in (1, -1) if mean_transition_path(states) >= 5 or name == 'T_ne' else (): # a shift mends coarse frames too
+        if near > 2*LIMIT and trial([_shift(x, k) for x in r], lags[:3]) < 2.5:
+            return Verdict('misaligned flags', False, f'{name} is {near:.2f} at short lags, and below 2.5 if r is read '
+                                                      f'one frame {"later" if k > 0 else "earlier"}', _ALIGN)
     if not len(forecasts(r, states)[0]): return None # no outcome to calibrate on
     stretched = [(trial([np.clip(k * x + c, 0, 1) for x in r], lags), k, c) for k, c in _lines(r, states)]
     s, slope, level = min(stretched, default=(np.inf, 1, 0))
@@ -146,38 +163,43 @@ def _judge_cures(result, r, states, reference, lengths):
                        'fit an isotonic map or a one-dimensional committor on the training part')
 
 # %% ../nbs/41b_verdicts.ipynb #15f0dee2
+_LITTLE = 60 # transitions; with fewer, most coordinates that are a little wrong pass
+
 def _caution(result, states):
     "What limits the test on these data."
     length, path = result.n_frames / len(states), mean_transition_path(states)
     if result.lags[0] > 1: return f' (lags below {result.lags[0]} were not tested)'
     if path < 5: return f' (a transition path takes {path:.1f} frames: frames are too far apart for a severe test)'
-    if result.n_ab < 20: return f' (only {result.n_ab:g} transitions: the test has little power)'
+    if result.n_ab < _LITTLE: return f' (only {result.n_ab:g} transitions: the test has little power)'
     if length < 20 * path:
         return (f' (a trajectory is only {length / path:.0f} transition paths long: windows are lost at its ends, and '
                 f'the level is below N_AB)')
     return ''
 
-def _judge_base(r, states):
+def _judge_base(sample):
     "Fair, and of no use: forecasts that know no more than how often each state is reached."
-    r, states = _head(r, states)
+    r, states, *_, weights = (sample := sample.head())[:5]
     value, outcome, _ = forecasts(r, states)
     if not len(value) or not 0 < outcome.mean() < 1: return None
-    own, constant = scores(r, states).log_loss, base_log_loss(states)
+    own, constant = scores(r, states, weights).log_loss, base_log_loss(states, weights)
     if own > constant:
         return Verdict('no better than a constant', False, f'Z_q finds no fault, but its log-loss is {own:.3f}, and '
                                                            f'the share of outcomes, {outcome.mean():.2f} in every '
                                                            f'frame, has {constant:.3f}', 'look for a coordinate that '
                        'tells where a frame will go; a forecast can be fair and know nothing')
 
-def _judge_shape(result, r, states, reference, lengths):
+def _judge_shape(result, sample):
     "Pass, or moves too much, or too little."
-    t, n, caution = result.t_max, result.n_ab, _caution(result, states)
-    if t <= LIMIT and (none := _judge_base(r, states)): return none
+    t, n, caution = result.t_max, result.n_ab, _caution(result, sample.states)
+    if result.borderline:
+        a, b = result.t_max_interval
+        caution = f' (borderline: resampled cycles put T_max between {a:.1f} and {b:.1f}){caution}'
+    if t <= LIMIT and (none := _judge_base(sample)): return none
     if t <= LIMIT:
         return Verdict('pass', True, f'T_max is {t:.2f} (limit {LIMIT}) and T_sd {result.t_sd:.2f} with {n:g} '
-                                     f'transitions; the true committor does worse in {result.p_value:.0%} of '
-                                     f'samples{caution}')
-    if cure := _judge_cures(result, r, states, reference, lengths): return cure
+                                     f'transitions, so that Z_q is within {result.visible:.0%} of N_AB; the true '
+                                     f'committor does worse in {result.p_value:.0%} of samples{caution}')
+    if cure := _judge_cures(result, sample): return cure
     i, mean = int(result.t_max_per_lag.argmax()), result.mean_ratio
     if result.t_sd <= 1.3 and np.ptp(mean) < abs(mean[i] - 1) / 2:
         return Verdict('wrong level', False, f'T_max is {t:.2f} (limit {LIMIT}), but the profile is flat (T_sd '
@@ -198,25 +220,31 @@ def _moves(too_much, what):
                    'window, velocities or a history as input, less over-fitting')
 
 # %% ../nbs/41b_verdicts.ipynb #688e7ea2
-def _judge_short(result, r, states, reference, lengths):
+def _judge_short(result, sample):
     "The same for samples whose level means nothing."
     if result.t_ne is None: return None
-    t, n = result.t_ne, sum(len(excursions(x, s)[0]) for x, s in zip(r, states))
+    t, n = result.t_ne, sum(len(excursions(x, s)[0]) for x, s in zip(sample.r, sample.states))
     note = '' if result.n_ab else '; T_max is not normalisable: no transition from A to B was counted'
-    if _stopped(states, lengths): note += '; trajectories look stopped on arrival, and no nominal length was given'
-    if t <= LIMIT and (none := _judge_base(r, states)): return none
+    if sample.ends == 'stopping': note = '; windows end where a segment does'
+    elif _stopped(sample): note += '; trajectories look stopped on arrival, and no nominal length was given'
+    if t <= LIMIT and (none := _judge_base(sample)): return none
     if t <= LIMIT:
         return Verdict('pass', True, f'T_ne is {t:.2f} (limit {LIMIT}) over {n} excursions between the states; the '
                                      f'true committor does worse in {1 - law("t_ne", t):.0%} of samples{note}')
-    if cure := _judge_cures(result, r, states, reference, lengths): return cure
+    if cure := _judge_cures(result, sample): return cure
     i, d = int(result.t_ne_per_lag.argmax()), result.delta_r2
     j = i if i else min(len(d) - 1, 2)
     return _moves(d[0] >= d[j], f'T_ne is {t:.2f} (limit {LIMIT}) at lag {result.lags[i]} over {n} excursions{note}')
 
-def _stopped(states, lengths):
-    "Arrivals in A, or in B, happen on last frames only, at least five times, and no nominal length exceeds a file."
+def _stopped(sample):
+    """Arrivals in A, or in B, happen on last frames only, at least five times, and no nominal length exceeds a file; or
+    last frames lie beyond all before them."""
+    r, states, _, lengths = sample[:4]
     if lengths is not None and (nominal_lengths(states, lengths) > [len(s) for s in states]).any(): return False
     if len(states) < 5: return False
+    moving = [x for x, s in zip(r, states) if s[-1] < 0 and len(x) > 4]
+    left = sum(x[-1] > x[:-1].max() or x[-1] < x[:-1].min() for x in moving)
+    if len(moving) >= 20 and left > .8*len(moving): return True
     arrivals = lambda k: sum(np.count_nonzero((s[1:] == k) & (s[:-1] != k)) for s in states)
     return any(arrivals(k) == sum(len(s) > 1 and s[-1] == k != s[-2] for s in states) >= 5 for k in (0, 1))
 
@@ -227,13 +255,20 @@ def judge(
     states: list, # flags, list of int8 (T,)
     reference: list | None = None, # a coordinate as good as one can be without seeing the future
     lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B
+    weights: list | None = None, # weight of the windows that start at each frame
+    ends: str = 'fixed', # 'stopping': every trajectory was stopped where it is
+    groups: list | None = None, # of `ends='stopping'`: a name for each trajectory, the same where frames are shared
 ) -> Verdict:
     "Name what is wrong with a coordinate, in the order in which one fault hides another."
-    if not result.n_ab and result.t_ne is None and not _certain(r, states):
+    sample = _Sample(r, states, reference, lengths, weights, ends, groups)
+    if ends == 'stopping' and result.t_ne is None:
+        return Verdict('not normalisable', False, 'fewer than twenty segments move between the states',
+                       'more segments, or wider states')
+    if not result.n_ab and result.t_ne is None and not _certain(sample):
         return Verdict('not normalisable', False, 'no transition from A to B was counted, so Z_q has no level to be '
                                                   'compared with', 'more or longer trajectories, or wider states')
     for check in (_judge_boundary, _judge_leak, _judge_short, _judge_shape):
-        if verdict := check(result, r, states, reference, lengths): return verdict
+        if verdict := check(result, sample): return verdict
 
 # %% ../nbs/41b_verdicts.ipynb #3fe600e3
 def profile(
@@ -247,28 +282,40 @@ def profile(
     reference: list | None = None, # a coordinate as good as one can be without seeing the future, to catch leaks
     lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B, see `nominal_lengths`
     times: list | None = None, # time of each frame if they are uneven, see `regular`
+    ends: str = 'fixed', # 'stopping': every trajectory was stopped by a rule that knows the past only, and its windows
+    # end there at the latest
+    groups: list | None = None, # of `ends='stopping'`: a name for each trajectory, the same where frames are shared
 ) -> ZqResult:
     "Z_q with error bars and a verdict; raises `ValueError` for NaN, or if r and states do not have the same frames."
+    check_choice('ends', ends, ('fixed', 'stopping'))
     r, states = check_coordinate(r, states, both=False)
+    if weights is not None: weights = check_weights(weights, [len(x) for x in r])
+    if ends == 'stopping' and lengths is not None:
+        raise ValueError("lengths are of trajectories that were granted some frames; ends='stopping' needs none")
+    if groups is not None and (ends == 'fixed' or len(groups) != len(r)):
+        raise ValueError(f"groups: one for each of the {len(r)} trajectories is needed, with ends='stopping'")
     if times is not None:
         r, states, weights, reference = (v if v is None else regular(v, times) for v in (r, states, weights, reference))
-    if _stopped(states, lengths):
-        warnings.warn('trajectories end whenever they arrive in a state: give the frames they were granted as '
-                      'lengths=, or the true committor may be rejected', stacklevel=2)
+    sample = _Sample(r, states, reference, lengths, weights, ends, groups)
+    if ends == 'fixed' and _stopped(sample):
+        warnings.warn('trajectories end where they arrive in a state or leave a region: give the frames they were '
+                      "granted as lengths=, or ends='stopping', or the true committor may be rejected", stacklevel=2)
     result = cut_profiles(r, states, lags, n_bins, weights, lengths)
-    result = replace(result, short=is_short(states), t_ne_per_lag=_t_ne(result, r, states, n_bins, weights, lengths))
-    if n_bootstrap and result.n_ab:
+    result = replace(result, short=is_short(states), t_ne_per_lag=_t_ne(result, sample, n_bins))
+    if n_bootstrap and result.n_ab and ends == 'fixed':
         z = cycle_bootstrap(r, states, result.lags, n_bins, n_bootstrap, seed, weights, lengths)
         t = math.sqrt(result.n_effective) * np.abs(z - 1).max((1, 2))
-        result = replace(result, zq_se=z.std(0), t_max_se=float(t.std()))
-    return replace(result, verdict=judge(result, r, states, reference, lengths))
+        low, high = np.quantile(t, (.05, .95)) - (t.mean() - result.t_max)
+        result = replace(result, zq_se=z.std(0), t_max_se=float(t.std()), t_max_interval=(float(low), float(high)))
+    return replace(result, verdict=judge(result, *sample))
 
-def _t_ne(result, r, states, n_bins, weights, lengths):
-    """T_ne where T_max does not apply and something can be said: short trajectories or no transition, and twenty
-    excursions that move."""
-    if result.n_ab and not is_short(states): return None
+def _t_ne(result, sample, n_bins):
+    """T_ne where T_max does not apply and something can be said: short or stopped trajectories or no transition, and
+    twenty excursions that move."""
+    r, states, _, lengths, weights, ends, groups = sample
+    if result.n_ab and not is_short(states) and ends == 'fixed': return None
     if sum(len(excursions(x, s)[0]) for x, s in zip(r, states)) < 20: return None
-    t = studentised(r, states, result.lags, n_bins, weights, lengths)
+    t = studentised(r, states, result.lags, n_bins, weights, lengths, ends, groups)
     return None if np.isnan(t).all() else np.nan_to_num(t)
 
 # %% ../nbs/41b_verdicts.ipynb #d7b82261

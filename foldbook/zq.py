@@ -238,6 +238,7 @@ class ZqResult:
     zq_se: np.ndarray | None = None # (L, n_bins): bootstrap error of zq / n_ab
     t_max_se: float = float('nan') # bootstrap error of t_max
     verdict: Verdict | None = None
+    t_max_interval: tuple = (float('nan'), float('nan')) # holds 90 % of resampled T_max, their bias taken away
     short: bool = False # many trajectories with hardly a transition each: t_ne decides, and trajectories are resampled
     t_ne_per_lag: np.ndarray | None = None # (L,), None unless short or without transitions
 
@@ -277,6 +278,23 @@ class ZqResult:
     def t_ne(self) -> float | None:
         "Largest T_ne over the lags."
         return float(self.t_ne_per_lag.max()) if self.t_ne_per_lag is not None else None
+
+    @property
+    def visible(self) -> float:
+        "Smallest distance of Z_q / N_AB from 1 that exceeds the limit with so few transitions."
+        return LIMIT / math.sqrt(self.n_effective) if self.n_effective else float('inf')
+
+    @property
+    def borderline(self) -> bool:
+        "Whether resampled cycles lie on both sides of the limit."
+        return bool(self.t_max_interval[0] <= LIMIT <= self.t_max_interval[1])
+
+    def fitted_limit(self,
+        fitted_events: int, # transitions A to B among the frames of the fit
+    ) -> float:
+        """T_max that a coordinate may have which is right up to the noise of its fit: its level alone varies by 1 + m/n
+        with n events to learn from and m to be judged on."""
+        return LIMIT * math.sqrt(1 + self.n_effective / fitted_events)
 
     @property
     def decisive(self) -> tuple:
@@ -528,6 +546,21 @@ def _interior_sums(r, flags, b, weights, length, lags, sums, squares):
                 total += c
         squares[i] += total * total
 
+@njit(cache=True)
+def _stopped_sums(r, flags, b, weights, lags, sums):
+    """The same where every window ends on the last frame at the latest; returns the sum over the trajectory, (L,)."""
+    totals = np.zeros(len(lags))
+    for i in range(len(lags)):
+        f = len(r) - 1
+        for t in range(len(r) - 1, -1, -1):
+            if flags[t] >= 0:
+                f = t
+                continue
+            c = (r[min(t + lags[i], f)] - r[t]) * (weights[t] if len(weights) else 1.)
+            sums[i, b[t]] += c
+            totals[i] += c
+    return totals
+
 # %% ../nbs/41_zq.ipynb #2dfef602
 def studentised(
     r: list, # coordinate, (T,) per trajectory
@@ -536,13 +569,23 @@ def studentised(
     n_bins=1000,
     weights: list | None = None, # weight of the windows that start at each frame
     lengths: int | list | None = None, # nominal frames of trajectories stopped on A or B
+    ends: str = 'fixed', # 'stopping': every trajectory was stopped where it is by a rule that knows the past only
+    groups: list | None = None, # of `ends='stopping'`: a name for each trajectory, the same where frames are shared
 ) -> np.ndarray: # (L,) T_ne at each lag; nan where nothing moved
     "Largest interior sum of Z_q in units of its own noise, for samples that are not in equilibrium."
     r, states = check_coordinate(r, states, both=False)
     lags, weights, bins = _check_lags(lags, states), _check_weights(weights, r), _edges(n_bins, r)
     sums, squares = np.zeros((len(lags), _count(bins) + 1)), np.zeros(len(lags))
-    for i, (x, s, n) in enumerate(zip(r, states, nominal_lengths(states, lengths))):
-        _interior_sums(x, s, _bins(x, bins), np.empty(0) if weights is None else weights[i], n, lags, sums, squares)
+    w = [np.empty(0)]*len(r) if weights is None else weights
+    if ends == 'stopping':
+        totals = np.array([_stopped_sums(x, s, _bins(x, bins), v, lags, sums) for x, s, v in zip(r, states, w)])
+        own = np.arange(len(r)) if groups is None else np.unique(groups, return_inverse=True)[1]
+        each = np.zeros((own.max() + 1, len(lags)))
+        np.add.at(each, own, totals)
+        squares = (each**2).sum(0)
+    else:
+        for x, s, v, n in zip(r, states, w, nominal_lengths(states, lengths)):
+            _interior_sums(x, s, _bins(x, bins), v, n, lags, sums, squares)
     with np.errstate(invalid='ignore'):
         return np.abs(np.cumsum(sums, 1)).max(1) / np.sqrt(np.where(squares > 1e-20, squares, np.nan))
 

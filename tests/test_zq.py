@@ -711,3 +711,63 @@ def test_import_is_light():
     code = f'import sys, foldbook.zq, foldbook.verdicts; print([m for m in {heavy!r} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                           check=True).stdout.strip() == '[]'
+
+
+def stopped_walks(n, seed):
+    "Segments of a walk on 0..20 that stop at both ends and six steps from where they began."
+    rng = np.random.default_rng(seed)
+    x = rng.integers(1, 20, (n, 1))
+    x = np.concatenate([x, x + np.cumsum(rng.choice(np.array([-1, 1], np.int16), (n, 600)), 1)], 1)
+    stop = ((x == 0) | (x == 20) | (np.abs(x - x[:, :1]) == 6)).argmax(1)
+    paths = [v[:k + 1] for v, k in zip(x, stop) if k]
+    return [p / 20 for p in paths], [np.where(p == 0, 0, np.where(p == 20, 1, -1)).astype(np.int8) for p in paths]
+
+
+def interface_paths(n, seed):
+    "Double-well segments that begin on one of two interfaces and stop in A or B."
+    system = SYSTEMS['dw1d']()
+    starts = [int(np.argmin(np.abs(system.coordinates[:, 0] - x))) for x in (-.6, .1)]
+    paths = [p for k, s in enumerate(starts) for p in system.sample(4000, n // 2, seed + k, 'absorbed', start=s)]
+    return system.observe(paths)[:0:-1]
+
+
+@pytest.mark.parametrize('make', [stopped_walks, interface_paths])
+def test_windows_of_segments_stop_with_them(make):
+    lags, passed, failed = 2**np.arange(6), 0, 0
+    for seed in range(40):
+        q, states = make(3000 if make is stopped_walks else 2000, 10 * seed)
+        passed += studentised(q, states, lags, ends='stopping').max() <= LIMIT
+        failed += studentised([x**2 for x in q], states, lags, ends='stopping').max() > LIMIT
+    assert passed >= 38 and failed == 40  # 1 in 185 fails by chance: three of 40 in 0.1 % of such tests
+
+
+def test_segments_that_share_frames_are_one_group():
+    q, states = stopped_walks(1500, 3)
+    one = studentised(q, states, [1, 8], ends='stopping')
+    twice = studentised(q * 2, states * 2, [1, 8], ends='stopping')
+    groups = studentised(q * 2, states * 2, [1, 8], ends='stopping', groups=[*range(len(q))] * 2)
+    np.testing.assert_allclose(groups, one)
+    np.testing.assert_allclose(twice, one * np.sqrt(2))
+    weighted = studentised(q, states, [1, 8], weights=[np.full(len(x), 3.) for x in q], ends='stopping')
+    np.testing.assert_allclose(weighted, one)
+
+
+def test_stopped_segments_are_recognised():
+    q, states = stopped_walks(1500, 4)
+    with pytest.warns(UserWarning, match="ends='stopping'"): assert not profile(q, states, [1, 4, 16]).verdict.passed
+    z = profile(q, states, [1, 4, 16], ends='stopping')
+    assert z.verdict.passed and 'windows end' in z.verdict.reason and z.decisive[0] == 'T_ne'
+    few = profile(q[:5], states[:5], [1], ends='stopping')
+    assert few.verdict.label == 'not normalisable' and 'segments' in few.verdict.reason
+    with pytest.raises(ValueError, match='fixed'): profile(q, states, ends='stoped')
+
+
+def test_a_result_says_how_little_could_be_seen():
+    _, _, states, q = sample('dw1d', 20_000, 3)
+    z = profile(q, states, n_bootstrap=100)
+    assert z.visible == LIMIT / np.sqrt(z.n_ab) and f'within {z.visible:.0%} of N_AB' in z.verdict.reason
+    assert ('little power' in z.verdict.reason) == (z.n_ab < 60)
+    assert z.t_max_interval[0] < z.t_max < z.t_max_interval[1]
+    near = replace(z, t_max_interval=(2.5, 3.5))
+    assert near.borderline and 'borderline' in judge(near, q, states).reason
+    assert np.isclose(z.fitted_limit(z.n_ab), LIMIT * np.sqrt(2))

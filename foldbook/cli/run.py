@@ -95,6 +95,11 @@ def run(ctx: typer.Context,
                                                              'default all.')]=None,
         time: Annotated[str, typer.Option('--time', help='Column of times in --series; one called time is found.')]='',
         spacing: Spacing=None, restart: Restart='refuse',
+        weights: Annotated[Optional[list[str]], typer.Option('--weights', help='Statistical weight of each frame: a '
+            'column of --series, or one file a trajectory.')]=None,
+        bias: Annotated[Optional[list[str]], typer.Option('--bias', help='Instead, the energy of a slowly changing '
+            'bias (metad.bias of PLUMED), kJ/mol; needs --temperature.')]=None,
+        temperature: Annotated[Optional[float], typer.Option(help='Of the bias, kelvin.')]=None,
         data: Annotated[str, typer.Option(help='Data set when no --traj is given: a name of foldbook data list, or a '
                                                'directory of foldbook simulate.')]='villin_go',
         folded: Annotated[str, typer.Option(help='Condition for B, e.g. "Q > 0.8 and RMSD < 0.2".')]='',
@@ -110,6 +115,8 @@ def run(ctx: typer.Context,
                                                 'following seeds; the table shows median and range.')]=1,
         split_seed: Annotated[Optional[int], typer.Option(help='Shuffle the trajectories before the split; without it '
                                                           'the last ones test.')]=None,
+        folds: Annotated[int, typer.Option(help='Outer folds: every block is judged by coordinates that saw none of '
+                                                'it, so that all events count; 0: one split. For scarce data: 8.')]=0,
         students: Annotated[str, typer.Option(help='architecture:loss, separated by commas. [default: see the '
                                                    'configuration]')]='',
         student_option: Annotated[Optional[list[str]], typer.Option(help='name=value for the students that know it, '
@@ -143,6 +150,7 @@ def run(ctx: typer.Context,
     settings = dict(data=data, trajectories=tuple(map(str, find_files(traj or []))), topology=top or '', native=native,
                     features=features, periodic=periodic, series=tuple(series or []), labels=tuple(labels or []),
                     columns=tuple(columns or []), time=time, spacing_ps=spacing, restart=restart,
+                    weights=tuple(weights or []), bias=tuple(bias or []), temperature=temperature, folds=folds,
                     unfolded=unfolded, folded=folded, lag=lag, max_lag=max_lag,
                     split_seed=split_seed, seed=seed, shooting=shooting, seeds=seeds, stride=stride)
     if students: settings['students'] = tuple(students.split(','))

@@ -61,12 +61,24 @@ def _with_conditions(coordinates, unfolded, folded, restart, **how):
 def _weights(given, e, restart, stride):
     "Weights of the frames: a column of the coordinate files, or files of their own."
     from foldbook.series import one_column
-    if not given: return None
-    if e.weights: return e.weights
+    if e.weights or not given: return e.weights
     w = _ensemble(given, restart=restart, stride=stride)
     if len(w) != len(e): raise ValueError(f'{len(e)} series and {len(w)} files of --weights: one for each is needed')
     _lengths_agree(e, w, 'weights')
     return one_column(w)
+
+def _from_first(condition, *series):
+    "What follows the first frame that meets a condition on r; trajectories without such a frame are left out."
+    import numpy as np
+    from foldbook.committor import evaluate_expression
+    if not condition: return series
+    met = evaluate_expression([x[:, None] for x in series[0]], ['r'], condition)
+    if met[0].dtype != bool: raise ValueError(f'--after {condition!r} is not a condition; compare r with a number')
+    first = [int(np.argmax(m)) if m.any() else len(m) for m in met]
+    note(f'{sum(a == len(m) for a, m in zip(first, met))} of {len(met)} trajectories never meet --after {condition!r}',
+         any(a == len(m) for a, m in zip(first, met)))
+    if all(a >= len(m) - 1 for a, m in zip(first, met)): raise ValueError(f'--after {condition!r}: no frame meets it')
+    return tuple(v if v is None else [x[a:] for x, a in zip(v, first) if a < len(x) - 1] for v in series)
 
 def _is_column(given): # one name that is no file
     from foldbook.series import split_column
@@ -126,6 +138,10 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
        folded: Annotated[str, typer.Option(help='Instead of flags: condition for B, such as "r < 0.2".')]='',
        lengths: Annotated[int, typer.Option(help='Frames granted to trajectories that were stopped on reaching A or '
                                                  'B; 0: none was stopped.')]=0,
+       ends: Annotated[str, typer.Option('--ends', help='stopping: every trajectory is a segment that was stopped on '
+                                         'A, on B or on leaving a region, as path sampling makes them.')]='fixed',
+       after: Annotated[str, typer.Option('--after', help='Condition on r: frames before the first that meets it are '
+                                          'left out, such as those before a path reaches its interface.')]='',
        weights: Annotated[Optional[list[str]], typer.Option('--weights', help='Statistical weight of each frame: a '
                                                             'column of the files, or one file a trajectory.')]=None,
        time: Annotated[Optional[str], typer.Option('--time', help='Column of times, by name or number; one called time '
@@ -141,19 +157,23 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
     "Judge a coordinate of any program: is it the committor?"
     import warnings
     import numpy as np
+    from foldbook.base import check_choice
     from foldbook.frames import find_files
     from foldbook.verdicts import profile
+    check_choice('--ends', ends, ('fixed', 'stopping'))
     files = find_files(coordinates or [])
     column = weights[0] if _is_column(weights) else None
     how = dict(restart=restart, time=time, spacing_ps=spacing, stride=stride, weights=column)
     e, r, f = (_pair(files, find_files(labels), **how) if labels else
                _with_conditions(files, unfolded, folded, **how))
     w = _weights(weights, e, restart, stride)
+    r, f, w = _from_first(after, r, f, w)
     note(f'resampling {bootstrap} times', bootstrap and sum(map(len, r)) > 2e6)
     lags = 2**np.arange(int(np.log2(max_lag)) + 1) if max_lag else None
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: note(f'warning: {message}')
-        z = profile(r, f, lags=lags, n_bootstrap=bootstrap, seed=seed, lengths=lengths or None, weights=w)
+        z = profile(r, f, lags=lags, n_bootstrap=bootstrap, seed=seed, lengths=lengths or None, weights=w,
+                    ends=ends)
     summary = _zq_summary(z, r, f, e.spacing_ps)
     _print_zq(z, summary)
     if json_file: _write_zq_json(json_file, z)
