@@ -66,8 +66,8 @@ class RunFiles:
         for i, a in enumerate(arrays): write_array(self.path/folder/f'{i:03d}.npy', a)
 
     def load(self, folder: str) -> list:
-        "Read what `save` wrote."
-        return [np.load(f) for f in natural_order(self.find(folder).glob('[0-9]*.npy'))]
+        "Map what `save` wrote."
+        return [np.load(f, mmap_mode='r') for f in natural_order(self.find(folder).glob('[0-9]*.npy'))]
 
     def part(self, part: str, kind: str='features') -> tuple:
         "Features, or tokens, and states of 'train', 'validation', 'test' or 'all'."

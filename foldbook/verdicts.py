@@ -298,7 +298,7 @@ def profile(
         r, states, weights, reference = (v if v is None else regular(v, times) for v in (r, states, weights, reference))
     sample = _Sample(r, states, reference, lengths, weights, ends, groups)
     if ends == 'fixed' and _stopped(sample):
-        warnings.warn('trajectories end where they arrive in a state or leave a region: give the frames they were '
+        warnings.warn('trajectories end whenever they arrive in a state or leave a region: give the frames they were '
                       "granted as lengths=, or ends='stopping', or the true committor may be rejected", stacklevel=2)
     result = cut_profiles(r, states, lags, n_bins, weights, lengths)
     result = replace(result, short=is_short(states), t_ne_per_lag=_t_ne(result, sample, n_bins))

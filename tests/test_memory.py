@@ -117,9 +117,11 @@ def test_a_bias_becomes_weights(tmp_path):
     e, *_ = described_series(config)
     assert e.names == ('x',) and not set(config.baselines) & {'msm', 'vampnet', 'srv'}
     w = frame_weights(config, [3, 3], e.weights)
-    assert np.allclose(w[0]/w[0][0], np.exp(np.arange(3)/(.008314462618*300))) and np.isclose(np.concatenate(w).mean(), 1)
+    assert np.allclose(w[0]/w[0][0], np.exp(np.arange(3)/(.008314462618*300)))
+    assert np.isclose(np.concatenate(w).mean(), 1)
     with pytest.raises(ValueError, match='--temperature'): check(Config(**kinds, bias=('metad.bias',)))
-    with pytest.raises(ValueError, match='choose one'): check(Config(**kinds, bias=('b',), weights=('b',), temperature=1.))
+    with pytest.raises(ValueError, match='choose one'):
+        check(Config(**kinds, bias=('b',), weights=('b',), temperature=1.))
     with pytest.raises(ValueError, match="'msm' cannot count"):
         check(Config(**kinds, weights=('metad.bias',), baselines=('msm',)))
     with pytest.raises(ValueError, match='1 files of weights for 2'): check(Config(**kinds, weights=(files[0],)))

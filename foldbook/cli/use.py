@@ -58,9 +58,12 @@ def apply(run: _RunDir, name: _Name='',
 @app.command(epilog='Example: [bold]foldbook rates runs/mine --json rates.json[/bold]')
 def rates(run: _RunDir, name: _Name='',
           bootstrap: Annotated[int, typer.Option(min=0, help='Resampled cycles behind the errors.')]=100, seed: Seed=0,
-          json_file: _Json=None):
-    "Rates, passage times and transition paths on the held-out frames, counted and from the committor."
-    from foldbook.applied import open_run, run_rates
+          json_file: _Json=None,
+          figure: Annotated[Optional[Path], typer.Option(help='Draw free energy and diffusion along the committor into '
+                                                              'this png.')]=None):
+    """Rates, passage times and transition paths on the held-out frames, counted and from the committor; free energy and
+    diffusion along it."""
+    from foldbook.applied import open_run, run_profile, run_rates
     from foldbook.base import write_json
     found, slug = open_run(run, name)
     table = run_rates(run, name, bootstrap, seed)
@@ -68,7 +71,24 @@ def rates(run: _RunDir, name: _Name='',
     print(f'{found.models[slug]}, held-out frames; times in {unit}, j in transitions A to B per '
           f'{unit.removesuffix("s") if unit == "frames" else unit}')
     print(table.map('{:.4g}'.format).to_string())
-    if json_file: write_json(json_file, dict(coordinate=found.models[slug], unit=unit, table=table.to_dict()))
+    if not (json_file or figure): return
+    along = run_profile(run, name, n_bootstrap=min(bootstrap, 30), seed=seed)
+    if json_file:
+        write_json(json_file, dict(coordinate=found.models[slug], unit=unit, table=table.to_dict(),
+                                   profile=along.to_dict('list')))
+    if figure: _draw_profile(along, unit, figure)
+
+def _draw_profile(along, unit, path):
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    with plt.style.context('petroff10'):
+        fig = Figure(figsize=(9, 3.2), layout='constrained')
+        labels = dict(free_energy='free energy / kT', diffusion=f'diffusion coefficient / {unit}$^{{-1}}$')
+        for ax, (name, label) in zip(fig.subplots(1, 2), labels.items()):
+            ax.plot(along.q, along[name])
+            ax.fill_between(along.q, along[name] - along[f'{name}_se'], along[name] + along[f'{name}_se'], alpha=.25)
+            ax.set(xlabel='committor', ylabel=label, xlim=(0, 1))
+        fig.savefig(path, dpi=130, format='png')
 
 @app.command(epilog='Example: [bold]foldbook compare runs/a runs/b[/bold]')
 def compare(runs: Annotated[list[Path], typer.Argument(metavar='RUN...', help='Directories of finished runs.')],
@@ -108,25 +128,26 @@ def reproduce(run: _RunDir,
 def export(run: _RunDir, name: _Name='',
            to: Annotated[str, typer.Option('--to', help='plumed (plumed.dat and model.ptc), onnx, or '
                                                         'torchscript.')]='plumed',
+           seed: Seed=0,
            out: Annotated[Path, typer.Option('--out', '-o', help='Directory to write.')]=...):
-    "Take a memoryless student, of smooth features, out of Python and into a simulation."
-    from foldbook.applied import open_run
+    """Take a coordinate out of Python and into a simulation; one that has memory, or reads what a simulation cannot
+    compute, teaches a memoryless network first."""
+    from foldbook.applied import open_run, stand_in
     from foldbook.base import check_choice, write_text
     from foldbook.config import check
-    from foldbook.coordinates import load
     check_choice('--to', to, ('plumed', 'onnx', 'torchscript'))
-    found, slug = open_run(run, name)
-    if found.config.series:
-        raise ValueError('this run reads series; a simulation can compute features of a structure only')
-    student, inputs = load(found.path/'models'/slug), check(found.config)
-    if type(student).__name__ != 'Student' or student.get_params()['architecture'] != 'mlp':
-        raise ValueError(f'{found.models[slug]} cannot be exported: it is not a memoryless network (mlp) of smooth '
-                         f'features; the chapter Out of the book trains one')
+    found, _ = open_run(run, name)
+    made = stand_in(run, name, seed)
+    if made.taught_by:
+        print(f'{made.taught_by} cannot run in a simulation: a memoryless network of {len(made.columns.names)} columns '
+              f'stands in. On held-out frames:')
+        print(made.held_out.round(3).to_string())
     from foldbook import export as written
     from foldbook.structures import load_native
-    native = load_native(inputs.native)
-    terms = written.pair_terms(found.described, native)
-    model = written.Deployed(student, terms)
+    native = None if found.is_series else load_native(check(found.config).native)
+    terms = written.column_terms(made.columns.names) if native is None else written.pair_terms(made.columns, native)
+    model = written.Deployed(made.student, terms)
     if to == 'onnx': print(written.write_onnx(model, out/'model.onnx'))
     else: print(written.write_torchscript(model, out/'model.ptc'))
-    if to == 'plumed': print(write_text(out/'plumed.dat', written.plumed_input(terms, native.topology)))
+    if to == 'plumed':
+        print(write_text(out/'plumed.dat', written.plumed_input(terms, native.topology if native else None)))
