@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import check_choice, check_least, digest
-from .committor import as_ensemble, check_states, check_weights, clamp, outcomes
+from .committor import MOST, as_ensemble, check_states, check_weights, clamp, outcomes, rows_where
 from .maps import IsotonicCommittor, least_probability
 from .memory import MemoryCommittor, Stored
 from .scores import scores
@@ -34,12 +34,13 @@ def slow_modes(features: list, # (T, F) per trajectory
               ) -> tuple: # mean (F,) and weights (F, n_modes); (x - mean) @ weights is a kinetic map
     "Time-lagged independent components (deeptime). Raises `ValueError` when a trajectory is no longer than the lag."
     from deeptime.decomposition import TICA
-    mean, scale = _standard(np.concatenate(features))
+    mean, scale = _standard(rows_where(features))
     keep, tica = scale > 0, TICA(lagtime=lag, dim=n_modes, epsilon=1e-6)
     for x in features:
         if len(x) <= lag: raise ValueError(f'a trajectory of {len(x)} frames is too short for a TICA lag of {lag}')
-        y = ((x - mean)*scale)[:, keep]
-        tica.partial_fit((y[:-lag], y[lag:]))
+        for i in range(0, len(x) - lag, MOST):
+            y = ((x[i:i + MOST + lag] - mean)*scale)[:, keep]
+            tica.partial_fit((y[:-lag], y[lag:]))
     model, n = tica.fetch_model(), int(keep.sum())
     found = model.transform(np.eye(n)) - model.transform(np.zeros((1, n))) # (n, n_modes)
     weights = np.zeros((len(keep), found.shape[1]))
@@ -101,8 +102,8 @@ def _pairs(features, mean, scale, lag):
     import torch
     if min(map(len, features)) <= lag:
         raise ValueError(f'a trajectory of {min(map(len, features))} frames is too short for a lag of {lag}')
-    x = [((a - mean)*scale).astype(np.float32) for a in features]
-    return tuple(torch.from_numpy(np.concatenate([a[cut] for a in x])) for cut in (slice(None, -lag), slice(lag, None)))
+    here, there = ([a[cut] for a in features] for cut in (slice(None, -lag), slice(lag, None)))
+    return tuple(torch.from_numpy(((rows_where(x) - mean)*scale).astype(np.float32)) for x in (here, there))
 
 # %% ../nbs/59_baselines.ipynb #ddb9d1f1
 def _train_lobe(options, pairs, validation, directory, progress):
@@ -161,7 +162,7 @@ class SlowModeCommittor(Stored):
             ) -> 'SlowModeCommittor':
         "Train the network, find its slowest mode, and map it to a committor."
         x, states = as_ensemble(features), check_states(states)
-        mean, scale = _standard(np.concatenate(x))
+        mean, scale = _standard(rows_where(x))
         pairs = _pairs(x, mean, scale, self.lag)
         held = _pairs(as_ensemble(validation[0]), mean, scale, self.lag) if validation else None
         self.fitted = dict(mean=mean, scale=scale) | _train_lobe(self, pairs, held, directory, progress)
@@ -299,16 +300,15 @@ class LogisticCommittor(Stored):
             ) -> 'LogisticCommittor':
         "Regress the outcomes of interior frames."
         from sklearn.linear_model import LogisticRegression
-        x, f, y = (np.concatenate(e) for e in (as_ensemble(features), check_states(states),
-                                               outcomes(states)))
-        known = (f < 0) & np.isfinite(y)
-        w = np.concatenate(check_weights(weights, [len(v) for v in states]))[known]
-        if len(set(y[known])) < 2:
+        features, states, y = as_ensemble(features, None), check_states(states), outcomes(states)
+        known = [(f < 0) & np.isfinite(v) for f, v in zip(states, y)]
+        x, y, w = (rows_where(e, known) for e in (features, y, check_weights(weights, [len(v) for v in states])))
+        if len(set(y)) < 2:
             raise ValueError('the training part needs interior frames that go to A and others that go to B')
-        mean, scale = _standard(x[known])
+        mean, scale = _standard(x.astype(float))
         tried = []
         for c in self.strengths if validation else self.strengths[len(self.strengths)//2:][:1]:
-            m = LogisticRegression(C=c, max_iter=300).fit((x[known] - mean)*scale, y[known].astype(int), w)
+            m = LogisticRegression(C=c, max_iter=300).fit((x - mean)*scale, y.astype(int), w)
             tried.append(dict(mean=mean, weights=m.coef_[0]*scale, offset=m.intercept_[0], strength=c,
                               least=least_probability(states)))
         return _keep_best(self, tried, validation)

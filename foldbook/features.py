@@ -533,7 +533,7 @@ def _check(path, first, t, molecule, damaged): # flags (T,) of frames to keep; r
 
 # %% ../nbs/13_features.ipynb #e14be67c
 # one file: (T, F), frames left out, ps between frames
-_SPOOL = 2**28 # bytes of rows that are kept in memory
+_SPOOL = 2**26 # bytes of rows that are kept in memory
 
 class _Rows:
     "Rows of an array that grows: in memory while they are few, in a file without a name when they are many."

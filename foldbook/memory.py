@@ -20,7 +20,8 @@ from numba import njit
 from sklearn.base import BaseEstimator
 
 from .base import check_least, jsonable, read_arrays, write_arrays
-from .committor import as_ensemble, check_states, check_weights, clamp, count_transitions, outcomes
+from foldbook.committor import (as_ensemble, check_states, check_weights, clamp, count_transitions, outcomes,
+    rows_where)
 from .maps import least_probability, martingale_equations, recalibration
 from .scores import forecasts
 from .zq import mean_transition_path
@@ -103,14 +104,13 @@ class FirstCommittor(Stored):
             self.fitted = dict(q=np.clip(q, least, 1 - least), base=np.array(base))
             return self
         from sklearn.linear_model import LogisticRegression
-        y = np.concatenate(outcomes(states))
-        known = np.isfinite(y) & (np.concatenate(states) < 0)
-        X = np.concatenate([np.asarray(v, float) for v in x])
-        if not known.any() or np.ptp(y[known]) == 0: raise ValueError('the frames outside A and B all go the same way')
-        mean, scale = X[known].mean(0), X[known].std(0)
+        known = [np.isfinite(y) & (s < 0) for y, s in zip(outcomes(states), states)]
+        y, X = rows_where(outcomes(states), known), rows_where(x, known).astype(float)
+        if not len(y) or np.ptp(y) == 0: raise ValueError('the frames outside A and B all go the same way')
+        mean, scale = X.mean(0), X.std(0)
         scale[scale < 1e-9*(1 + np.abs(mean))] = np.inf # a constant column says nothing
-        heavy = np.concatenate(check_weights(weights, [len(s) for s in states]))[known]
-        w = LogisticRegression(C=1., max_iter=500).fit((X[known] - mean)/scale, y[known], heavy)
+        heavy = rows_where(check_weights(weights, [len(s) for s in states]), known)
+        w = LogisticRegression(C=1., max_iter=500).fit((X - mean)/scale, y, heavy)
         self.fitted = dict(weights=w.coef_[0]/scale, intercept=w.intercept_[0] - w.coef_[0] @ (mean/scale))
         return self
 

@@ -161,6 +161,8 @@ def zq(coordinates: Annotated[Optional[list[str]], typer.Argument(metavar='RC.np
     from foldbook.frames import find_files
     from foldbook.verdicts import profile
     check_choice('--ends', ends, ('fixed', 'stopping'))
+    if labels and (unfolded or folded):
+        raise ValueError('--labels, and --unfolded with --folded, are two ways to give the states: choose one')
     files = find_files(coordinates or [])
     column = weights[0] if _is_column(weights) else None
     how = dict(restart=restart, time=time, spacing_ps=spacing, stride=stride, weights=column)
