@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from .base import check_choice, check_least, digest
-from .committor import MOST, as_ensemble, check_states, check_weights, clamp, outcomes, rows_where
+from foldbook.committor import (MOST, as_ensemble, check_states, check_weights, clamp, outcomes, projected,
+    rows_where)
 from .maps import IsotonicCommittor, least_probability
 from .memory import MemoryCommittor, Stored
 from .scores import scores
@@ -23,6 +24,7 @@ from .scores import scores
 # %% ../nbs/59_baselines.ipynb #583f8f3c
 def _standard(pooled):
     "Mean of each column, and one over its standard deviation (0 for a constant column)."
+    pooled = pooled.astype(np.float64)
     mean, spread = pooled.mean(0), pooled.std(0)
     keep = spread > 1e-6*(1 + abs(mean))
     return mean, np.where(keep, 1/np.where(keep, spread, 1), 0)
@@ -70,7 +72,7 @@ class TicaCoordinate(Stored):
             progress: bool = False, # not needed: no bar
             ) -> 'TicaCoordinate':
         "Learn the component."
-        features = as_ensemble(features)
+        features = as_ensemble(features, None)
         mean, weights = slow_modes(features, self.lag)
         self.fitted = dict(mean=mean, weights=weights[:, 0])
         self.fitted['weights'] = weights[:, 0]*_upwards(self.transform(features), states)
@@ -86,7 +88,7 @@ class TicaCoordinate(Stored):
                   states: list | None = None, # not used: a component is no committor
                   ) -> list: # (T,) per trajectory
         "The component of each frame, centred."
-        return [(x - self.fitted['mean']) @ self.weights for x in as_ensemble(features)]
+        return [projected(x, self.fitted['mean'], self.weights) for x in as_ensemble(features, None)]
 
 # %% ../nbs/59_baselines.ipynb #cc7f210c
 def _lobe(n_features, hidden, outputs, head):
@@ -161,10 +163,10 @@ class SlowModeCommittor(Stored):
             progress: bool = False, # show a bar
             ) -> 'SlowModeCommittor':
         "Train the network, find its slowest mode, and map it to a committor."
-        x, states = as_ensemble(features), check_states(states)
+        x, states = as_ensemble(features, None), check_states(states)
         mean, scale = _standard(rows_where(x))
         pairs = _pairs(x, mean, scale, self.lag)
-        held = _pairs(as_ensemble(validation[0]), mean, scale, self.lag) if validation else None
+        held = _pairs(as_ensemble(validation[0], None), mean, scale, self.lag) if validation else None
         self.fitted = dict(mean=mean, scale=scale) | _train_lobe(self, pairs, held, directory, progress)
         self.fitted['mode_mean'], weights = slow_modes(self._outputs(x), self.lag)
         self.fitted['mode'] = weights[:, 0]
@@ -195,7 +197,7 @@ class SlowModeCommittor(Stored):
             lobe = _lobe(len(v['mean']), self.hidden, self.outputs, self.head)
             lobe.load_state_dict({k[5:]: torch.from_numpy(np.asarray(a)) for k, a in v.items() if k[:5] == 'lobe.'})
             return [lobe(torch.from_numpy(((x - v['mean'])*v['scale']).astype(np.float32))).numpy().astype(float)
-                    for x in as_ensemble(features)]
+                    for x in as_ensemble(features, None)]
 
 # %% ../nbs/59_baselines.ipynb #42331f49
 def msm_committor(
@@ -237,9 +239,9 @@ class MSMCommittor(Stored):
             progress: bool = False, # not needed: no bar
             ) -> 'MSMCommittor':
         "Cut the space of slow coordinates into cells, count, and solve."
-        x, states = as_ensemble(features), check_states(states)
+        x, states = as_ensemble(features, None), check_states(states)
         mean, weights = slow_modes(x, self.tica_lag, min(self.dimensions, x[0].shape[1]))
-        inside = np.concatenate([((a - mean) @ weights)[f < 0] for a, f in zip(x, states)])
+        inside = np.concatenate([projected(a, mean, weights)[f < 0] for a, f in zip(x, states)])
         self.fitted = dict(mean=mean, weights=weights, centres=kmeans_centres(inside, self.n_cells, self.seed))
         walk = [np.where(f < 0, c + 2, f) for c, f in zip(self._cells(x), states)]
         lags = self.lags if validation else self.lags[:1]
@@ -254,14 +256,14 @@ class MSMCommittor(Stored):
     def _cells(self, features):
         from scipy.spatial import cKDTree
         v = self.fitted
-        return [cKDTree(v['centres']).query((x - v['mean']) @ v['weights'])[1] for x in features]
+        return [cKDTree(v['centres']).query(projected(x, v['mean'], v['weights']))[1] for x in features]
 
     def transform(self,
                   features: list, # (T, F) per trajectory
                   states: list | None = None, # flags; then exactly 0 on A and 1 on B
                   ) -> list: # float64 (T,) per trajectory
         "The committor of each frame, that of its cell."
-        r = [self.fitted['q'][c] for c in self._cells(as_ensemble(features))]
+        r = [self.fitted['q'][c] for c in self._cells(as_ensemble(features, None))]
         return r if states is None else clamp(r, states)
 
 # %% ../nbs/59_baselines.ipynb #e39faea3
@@ -305,7 +307,7 @@ class LogisticCommittor(Stored):
         x, y, w = (rows_where(e, known) for e in (features, y, check_weights(weights, [len(v) for v in states])))
         if len(set(y)) < 2:
             raise ValueError('the training part needs interior frames that go to A and others that go to B')
-        mean, scale = _standard(x.astype(float))
+        mean, scale = _standard(x)
         tried = []
         for c in self.strengths if validation else self.strengths[len(self.strengths)//2:][:1]:
             m = LogisticRegression(C=c, max_iter=300).fit((x - mean)*scale, y.astype(int), w)
@@ -319,7 +321,7 @@ class LogisticCommittor(Stored):
                   ) -> list: # float64 (T,) per trajectory
         "The committor of each frame."
         v = self.fitted
-        z = [(x - v['mean']) @ v['weights'] + v['offset'] for x in as_ensemble(features)]
+        z = [projected(x, v['mean'], v['weights']) + v['offset'] for x in as_ensemble(features, None)]
         r = [np.clip(1/(1 + np.exp(-np.clip(a, -30, 30))), v['least'], 1 - v['least']) for a in z]
         return r if states is None else clamp(r, states)
 

@@ -209,7 +209,8 @@ def choose(validation: Iterable, # rows of `judge` on the validation part
 # %% ../nbs/60_evaluation.ipynb #63d4686d
 def headline(table: pd.DataFrame, # leaderboard on the test part
              chosen: str, # name
-             folds: int=0 # outer folds, if every block was judged
+             folds: int=0, # outer folds, if every block was judged
+             event: str='folding event' # what an event is called
             ) -> str:
     "The result in a few sentences."
     t = table.set_index('coordinate')
@@ -217,7 +218,7 @@ def headline(table: pd.DataFrame, # leaderboard on the test part
     n, rival = int(c.get('seeds', 1) or 1), others.sort_values('log_loss').iloc[0] if len(others) else None
     how = f'chosen in each of {folds} folds by the others' if folds else 'chosen on the validation part'
     text = (f'{chosen}, {how}, {"PASSES" if c.passed else "FAILS"} Z_q{_in_seeds(c)} on '
-            f'{int(c.frames):,} held-out frames with {int(c.events)} folding events: '
+            f'{int(c.frames):,} held-out frames with {int(c.events)} {event}s: '
             f'{"median " if n > 1 else ""}T_max {plus_minus(c.t_max, c.t_max_se)} (limit {LIMIT}), '
             f'log-loss {c.log_loss:.3f}, AUC {c.auc:.3f}. ')
     if not c.passed: text += f'Reason: {c.reason}. '

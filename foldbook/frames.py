@@ -32,7 +32,7 @@ if TYPE_CHECKING: import mdtraj as md
 # %% auto #0
 __all__ = ['find_files', 'blame', 'load_topology', 'first_frame', 'atoms_in_file', 'ca_chain', 'DamagedFile', 'read_frames',
            'stream_frames', 'even_spacing', 'spacing_of', 'kept_frames', 'after_restarts', 'read_trajectory',
-           'Ensemble', 'read_ensemble', 'OnDisk', 'npy_on_disk', 'hdf_on_disk']
+           'Ensemble', 'read_ensemble', 'from_universe', 'OnDisk', 'npy_on_disk', 'hdf_on_disk']
 
 # %% ../nbs/08_frames.ipynb #7588258d
 def find_files(
@@ -430,6 +430,20 @@ def read_ensemble(
     known = all(t is not None for _, t in kept)
     times = [t[::stride//early] for _, t in kept] if known else None
     return Ensemble(values, times, sources=tuple(map(str, files)))
+
+# %% ../nbs/08_frames.ipynb #0b456faa
+def from_universe(
+    universe, # `MDAnalysis.Universe`, or an `AtomGroup` of one
+) -> Ensemble: # values float32 (T, N, 3), nm
+    "Positions of the atoms of a universe, and their times. Raises `ValueError` where the time goes back."
+    atoms = universe.atoms
+    x, times = [], []
+    for step in atoms.universe.trajectory:
+        x.append(np.asarray(atoms.positions, np.float32)/10)
+        times.append(float(step.time))
+    name = str(getattr(atoms.universe, 'filename', '') or 'universe')
+    keep, clock = kept_frames(name, np.array(times), None, 'refuse')
+    return Ensemble([np.stack(x)[keep]], None if clock is None else [clock], sources=(name,))
 
 # %% ../nbs/08_frames.ipynb #19e91bcb
 class OnDisk:

@@ -20,8 +20,8 @@ from numba import njit
 from sklearn.base import BaseEstimator
 
 from .base import check_least, jsonable, read_arrays, write_arrays
-from foldbook.committor import (as_ensemble, check_states, check_weights, clamp, count_transitions, outcomes,
-    rows_where)
+from .committor import (as_ensemble, check_states, check_weights, clamp, count_transitions, outcomes,
+    projected, rows_where)
 from .maps import least_probability, martingale_equations, recalibration
 from .scores import forecasts
 from .zq import mean_transition_path
@@ -123,7 +123,7 @@ class FirstCommittor(Stored):
         if self.discrete:
             known = np.append(v['q'], v['base'])
             r = [known[np.where((k := _whole_numbers(w)) < len(known) - 1, k, len(known) - 1)] for w in x]
-        else: r = [1/(1 + np.exp(-(np.asarray(w, float) @ v['weights'] + v['intercept']))) for w in x]
+        else: r = [1/(1 + np.exp(-projected(w, 0., v['weights']) - v['intercept'])) for w in x]
         return r if states is None else clamp(r, states)
 
 def _whole_numbers(v): # (T,) int
@@ -282,7 +282,7 @@ class MemoryCommittor(Stored):
             raise ValueError(f'discrete={self.discrete}: there are {X[0].shape[1]} columns, counted from 0')
         rest = [c for c in range(X[0].shape[1]) if c not in self.discrete]
         return [(True, [x[:, c] for x in X]) for c in self.discrete] + (
-            [(False, [x[:, rest] for x in X])] if rest else [])
+            [(False, [x if len(rest) == x.shape[1] else x[:, rest] for x in X])] if rest else [])
 
     def _basis(self, values, s): # shortest mean (T,), functions (T, M) of one trajectory
         taus, x = self.fitted['taus'], np.mean(values, 0)

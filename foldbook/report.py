@@ -286,8 +286,9 @@ small {color: #5b6577}
 _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>foldbook: {{ name }}</title><style>{{ css }}</style></head>
 <body>
-<h1>Which coordinate describes the folding of {{ name }}?</h1>
-<p class="sub">foldbook {{ version }}, run {{ run }}</p>
+<h1>Which coordinate describes {{ name }} on its way from A to B?</h1>
+<p class="sub">{% if states %}A: {{ states[0] }}; B: {{ states[1] }}. {% endif %}
+foldbook {{ version }}, run {{ run }}</p>
 <div class="verdict {{ 'pass' if chosen.passed else 'fail' }}">
 <b>{{ 'PASS' if chosen.passed else 'FAIL' }}: {{ chosen.coordinate }}</b>{{ headline }}</div>
 <h2>What was done</h2>
@@ -303,7 +304,7 @@ _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8">
 {% for title, figures in sections %}<h2>{{ title }}</h2>
 {% for src, caption in figures %}<figure><img src="data:image/png;base64,{{ src }}" alt="{{ caption }}">
 <figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endfor %}
-<h2>Configuration and provenance</h2>
+<h2>Rates, configuration and provenance</h2>
 {% for title, table in tables %}<h3>{{ title }}</h3>
 <table class="plain">{% for k, v in table %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>{% endfor %}
 </body></html>
@@ -343,7 +344,8 @@ def write_report(path: str | Path, # run directory: `figures/` is read, `report.
     sections = [(title, [(_picture(path/'figures'/f'{n}.png'), captions[f'{n}.png'])
                          for n in names if f'{n}.png' in captions]) for title, names in _SECTIONS.items()]
     html = Environment(autoescape=True).from_string(_PAGE).render(
-        name=board['data'], css=_CSS, version=importlib.metadata.version('foldbook'), run=path.name,
+        name=board['data'], states=board.get('states'), css=_CSS, version=importlib.metadata.version('foldbook'),
+        run=path.name,
         headline=board['headline'], legend=_LEGEND, columns=COLUMNS,
         chosen=next(r for r in board['rows'] if r['chosen']), rows=[dict(r, cells=cells(r)) for r in board['rows']],
         words=list(words), sections=[s for s in sections if s[1]], tables=[*tables, ('Versions', _versions())])

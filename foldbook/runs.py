@@ -32,6 +32,7 @@ from .config import Config, check, described_series, frame_weights, new_featuriz
 from .evaluate import (Candidate, choose, headline, judge, leaderboard, outer_folds, over_seeds,
     read_leaderboard, split)
 from .frames import even_spacing, spacing_of
+from .kinetics import both_rates
 from foldbook.learning import (RunFiles, encode, one_dimensional, slug_of, train_baseline, train_student,
     train_teacher)
 from .scores import error_budget, paired_log_loss
@@ -390,8 +391,9 @@ def _judge_all(run, inputs, notes):
                         | dict(chosen=r['coordinate'] == chosen) for r in judged)
     lists = list({k: None for row in judged for k, v in row.items() if isinstance(v, list)})
     with writing(run.path/'leaderboard.csv') as temporary: table.drop(columns=lists).to_csv(temporary, index=False)
-    head = headline(table, chosen, c.folds)
-    write_json(run.path/'leaderboard.json', dict(data=inputs.name, chosen=chosen, headline=head, lags=lags,
+    head = headline(table, chosen, c.folds, 'folding event' if inputs.topology else 'transition')
+    write_json(run.path/'leaderboard.json', dict(data=inputs.name, states=[inputs.unfolded, inputs.folded],
+                                                 chosen=chosen, headline=head, lags=lags,
                                                  spacing_ps=run.note('features').get('spacing_ps'), folds=c.folds,
                                                  rows=table.to_dict('records')))
     return dict(said=head)
@@ -473,10 +475,27 @@ def _draw(run, inputs, notes):
     return dict(figures=draw_figures(run.path/'figures', read_json(run.path/'leaderboard.json'), found, histories,
                                      tests, run.note('features').get('spacing_ps') or np.nan, c.n_bootstrap, c.seed))
 
-def _report(run, inputs, captions):
+def _rates(run, inputs, notes, chosen):
+    "Rates of the chosen coordinate on the held-out frames, as pairs of name and text."
+    candidates = _candidates(run, inputs, notes, 'test')
+    if run.config.folds: _choose_in_folds(run, inputs, notes, _ladder(run), candidates)
+    c = next(v for v in candidates if v.name == chosen)
+    spacing = run.note('features').get('spacing_ps')
+    try: table = both_rates(c.r, c.states, spacing or 1., c.weights, run.config.n_bootstrap, run.config.seed)
+    except ValueError as e: return [('rates', str(e))]
+    unit = 'ps' if spacing else 'frames'
+    names = dict(j='transitions A to B', mfpt_ab='mean time from A to B', mfpt_ba='mean time from B to A',
+                 mtpt='mean transition path')
+    text = lambda k, how: f'{table[how][k]:.4g} ± {table[f"{how} se"][k]:.2g}'
+    return [(names[k], f'{text(k, "counted")} counted, {text(k, "committor")} from the committor; '
+             + (f'per {unit.removesuffix("s") if unit == "frames" else unit}' if k == 'j' else unit)) for k in names]
+
+def _report(run, inputs, notes, captions):
     from foldbook.report import write_report
     board, marks = read_json(run.path/'leaderboard.json'), list((run.path/'stages').rglob('*.json'))
-    tables = [('Configuration', [(k, json.dumps(v)) for k, v in jsonable(run.config).items()]),
+    first = {home: {slug: n for slug, n in own.items() if not n.get('seed', 0)} for home, own in notes.items()}
+    tables = [(f'Rates of {board["chosen"]}, held-out frames', _rates(run, inputs, first, board['chosen'])),
+              ('Configuration', [(k, json.dumps(v)) for k, v in jsonable(run.config).items()]),
               ('Files (sha256)', [(f['file'], f'{f["sha256"]} ({f["bytes"]:,} bytes)')
                                   for f in read_json(run.path/'inputs.json')]),
               ('Seconds', [(str(p.relative_to(run.path/'stages').with_suffix('')), read_json(p)['stage_seconds'])
@@ -561,5 +580,5 @@ def run(config: Config, # what to run
         _tell_about(job, inputs, notes)
         job.stage('judgement', lambda: _judge_all(job, inputs, notes))
         captions = job.stage('figures', lambda: _draw(job, inputs, notes))['figures']
-        job.stage('report', lambda: _report(job, inputs, captions))
+        job.stage('report', lambda: _report(job, inputs, notes, captions))
         return read_leaderboard(job.path)

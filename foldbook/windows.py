@@ -12,7 +12,6 @@ __all__ = ['ATOMS', 'PROCESSES', 'positions', 'superposed', 'mean_structure', 'W
 # %% ../nbs/19_windows.ipynb #wi19a005
 from dataclasses import dataclass
 
-import mdtraj as md
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.linalg import expm, toeplitz
@@ -47,13 +46,19 @@ def superposed(
     series: list, # (T, N, 3) nm per trajectory
     reference: np.ndarray, # (N, 3) nm
 ) -> list: # float32 (T, N, 3) per trajectory
-    """Each frame turned and shifted onto a reference. Raises `ValueError` below three atoms, where a rotation is not
-    defined."""
+    """Each frame turned and shifted onto a reference (Kabsch 1976), in double precision. Raises `ValueError` below
+    three atoms, where a rotation is not defined."""
     if reference.shape[0] < 3:
         raise ValueError(f'{reference.shape[0]} atoms cannot be superposed, it takes three; forecast them as they are '
                          f'with align=False')
-    one = md.Trajectory(np.asarray(reference, np.float32)[None], None)
-    return [md.Trajectory(np.array(x, np.float32), None).superpose(one, parallel=False).xyz for x in series]
+    centre = np.mean(reference, 0, dtype=np.float64)
+    return [_turned(np.asarray(x, np.float64), reference - centre, centre).astype(np.float32) for x in series]
+
+def _turned(x, goal, centre): # frames (T, N, 3) onto a centred structure
+    x = x - x.mean(1, keepdims=True)
+    left, _, right = np.linalg.svd(np.einsum('tni,nj->tij', x, goal))
+    left[:, :, 2] *= np.sign(np.linalg.det(left @ right))[:, None] # a rotation, not a reflection
+    return x @ (left @ right) + centre
 
 # %% ../nbs/19_windows.ipynb #sp04c
 def mean_structure(

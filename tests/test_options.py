@@ -58,6 +58,54 @@ def said(home, line, monkeypatch):
     return done.exit_code, done.output + str(done.exception), written
 
 
+@pytest.fixture(scope='module')
+def finished(files):
+    "A run of the chain, and the shipped villin in short files."
+    import mdtraj as md
+    from foldbook.data import fetch
+    from foldbook.config import Config
+    from foldbook.runs import run
+    names = [tuple(str(files/f'{kind}{i}.{end}') for i in range(3)) for kind, end in (('x', 'csv'), ('s', 'npy'))]
+    config = Config(series=names[0], labels=names[1], columns=('x', 'y'), students=('mlp:variational',),
+                    student_options=dict(max_epochs=2), teacher_options=dict(n_iterations=50), n_bootstrap=5,
+                    baselines=('logistic',))
+    run(config, files/'done', workers=1, say=lambda line: None)
+    villin = fetch('villin_go', progress=False)
+    for name in ('native.pdb', 'model.json'): (files/name).write_bytes((villin.topology.parent/name).read_bytes())
+    t = md.load(str(villin.trajectories[0]), top=str(villin.topology))[:40]
+    t.unitcell_lengths, t.unitcell_angles = np.full((40, 3), 20.), np.full((40, 3), 90.)
+    for name in ('a.xtc', 'b.xtc'): t.save_xtc(str(files/name))
+    cut = t[:]
+    cut.xyz = (cut.xyz - cut.xyz[0].mean(0)) % 20
+    cut.save_xtc(str(files/'d.xtc'))
+    t.time[20:] -= 60
+    t.save_xtc(str(files/'c.xtc'))
+    return files
+
+
+FEATURES = 'features --traj a.xtc --top native.pdb --out f'
+APPLY = 'apply done --series x2.csv --labels s2.npy -o r.npy'
+
+
+@pytest.mark.parametrize('base, more', [
+    (FEATURES, '--native a.xtc'), (FEATURES, '--set Q'), (FEATURES.replace('a.xtc', 'd.xtc'), '--periodic'), (FEATURES, '--stride 3'),
+    (FEATURES, '--spacing 3'), (FEATURES, '--traj b.xtc'), (FEATURES, '--top c.pdb'), (FEATURES, '--out g'),
+    (FEATURES.replace('a.xtc', 'c.xtc') + ' --restart cut', '--restart refuse'),
+    (APPLY, '--name logistic'), (APPLY, '--traj a.xtc'), (APPLY, '--top native.pdb'), (APPLY, '--stride 2'),
+    (APPLY, '--spacing 3'), (APPLY + ' --spacing 3', '--force'), (APPLY, '-o other.npy'),
+    (APPLY, '--labels s1.npy'), (APPLY, '--series x1.csv'), (APPLY, '--restart no'), (APPLY, '--periodic'),
+    ('rates done', '--name logistic'), ('rates done', '--bootstrap 3'), ('rates done', '--seed 3'),
+    ('rates done', '--json a.json'), ('rates done', '--figure a.png'), ('compare done', '--json c.json'),
+    ('compare done', 'done'), ('report done', 'nothing'),
+    ('export done --name logistic --out e', '--to torchscript'), ('export done --name logistic --out e', '--out e2'),
+    ('export done --name logistic --out e', '--name mlp_variational'),
+    ('export done --name logistic --out e', '--seed 3'), ('data list', '--kind shipped'),
+    ('data info villin_go', 'bba_go')], ids=lambda v: ' '.join(v.split()[-3:]))
+def test_an_option_of_other_commands_changes_something(base, more, finished, monkeypatch):
+    plain, changed = said(finished, base, monkeypatch), said(finished, f'{base} {more}', monkeypatch)
+    assert changed != plain and 'Traceback' not in changed[1]
+
+
 ZQ = 'zq q0.npy q1.npy --labels s0.npy s1.npy --bootstrap 10'
 CONDITIONS = 'zq x0.csv:x x1.csv:x --unfolded x<-0.9 --folded x>0.9 --bootstrap 0'
 RUN = 'run --series x0.csv x1.csv x2.csv --labels s0.npy s1.npy s2.npy --dry-run'

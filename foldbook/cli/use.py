@@ -43,6 +43,8 @@ def apply(run: _RunDir, name: _Name='',
     from foldbook.base import write_array
     from foldbook.frames import find_files
     if bool(traj) == bool(series): raise ValueError('give --traj, or --series')
+    if series and (top or periodic): raise ValueError('--top and --periodic are of trajectories; --series has no atoms')
+    if traj and labels: raise ValueError('--labels are of series; a run on trajectories has conditions')
     files = find_files(traj) if traj else series
     single = out.suffix == '.npy'
     if single and len(files) > 1 and not series: raise ValueError(f'--out {out}: {len(files)} files need a directory')
