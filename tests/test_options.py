@@ -88,7 +88,8 @@ APPLY = 'apply done --series x2.csv --labels s2.npy -o r.npy'
 
 
 @pytest.mark.parametrize('base, more', [
-    (FEATURES, '--native a.xtc'), (FEATURES, '--set Q'), (FEATURES.replace('a.xtc', 'd.xtc'), '--periodic'), (FEATURES, '--stride 3'),
+    (FEATURES, '--native a.xtc'), (FEATURES, '--set Q'), (FEATURES.replace('a.xtc', 'd.xtc'), '--periodic'),
+    (FEATURES, '--stride 3'),
     (FEATURES, '--spacing 3'), (FEATURES, '--traj b.xtc'), (FEATURES, '--top c.pdb'), (FEATURES, '--out g'),
     (FEATURES.replace('a.xtc', 'c.xtc') + ' --restart cut', '--restart refuse'),
     (APPLY, '--name logistic'), (APPLY, '--traj a.xtc'), (APPLY, '--top native.pdb'), (APPLY, '--stride 2'),
