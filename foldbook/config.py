@@ -54,7 +54,7 @@ class Config:
     folds: int=0 # outer folds: every block is judged by coordinates that saw none of it; 0: one split
     seed: int=0 # of every random number
     seeds: int=1 # how many times whatever is learned with random numbers is learned: seed, seed + 1, ...
-    baselines: tuple=('logistic', 'msm', 'vampnet', 'srv') # names in `foldbook.baselines`
+    baselines: tuple=('logistic', 'msm', 'vampnet', 'srv', 'memory') # names in `foldbook.baselines`
     # architecture:loss
     students: tuple=(*(f'{a}:{l}' for l in ('teacher_mse', 'martingale', 'teacher_cross_entropy', 'outcome')
                        for a in ('lstm', 'transformer')), 'mlp:variational', 'residue:martingale')
@@ -75,7 +75,6 @@ class Config:
         if self.series or weighted and usual[0]: # there are no residues, or they have no weights
             self.students = tuple(s for s in self.students if not s.startswith('residue:'))
         if weighted and usual[1]: self.baselines = tuple(b for b in self.baselines if reads_weights(b))
-        if usual[1] and (self.series or self.folds or weighted): self.baselines += ('memory',)
 
     def difference(self, other: 'Config') -> list:
         "Lines saying which settings differ."
