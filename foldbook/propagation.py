@@ -155,8 +155,8 @@ def run(
     lag = propagator.pick(name, lag)[2]
     task = dict(n_frames=n_frames, lag=lag, seed=seed, tries=tries, piece=piece, bounds=bounds is not None,
                 start=digest(start), model=digest(propagator.get_params(), propagator.noise.get(name),
-                                                  *propagator.density.state_dict().values(),
-                                                  *propagator.flow.state_dict().values()))
+                                                  *(v for net in propagator.networks.values()
+                                                    for v in net.state_dict().values())))
     m = replace(propagator.motions[name], step=lag*propagator.step)
     disk = _claimed(Path(directory), name, task) if directory else None
     made = [disk.read(k) for k in disk.done] if disk else []
