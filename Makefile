@@ -33,9 +33,11 @@ run: .venv/.ready
 	@$(BIN)/foldbook run --out runs/$(NAME) $(ARGS)
 
 readme: .venv/.ready
-	@echo "Five seeds on two proteins: about a quarter of an hour; it can be stopped and started again at any point"
+	@echo "Five seeds on two proteins, and trajectories that did not exist before: half an hour; it can be stopped and started again at any point"
 	@$(BIN)/foldbook run --data villin_go --seeds 5 --out runs/villin_go --readme README.md $(ARGS)
 	@$(BIN)/foldbook run --data bba_go --seeds 5 --students lstm:martingale,lstm:outcome,lstm:teacher_mse,transformer:martingale,mlp:variational,residue:martingale --out runs/bba_go $(ARGS)
+	@$(BIN)/foldbook simulate go --system villin_go --out runs/fresh --trajectories 2 --frames 10000 --steps-per-frame 1500 --seed 20261201
+	@$(BIN)/foldbook judge runs/villin_go --traj 'runs/fresh/*.xtc' --json data/fresh_villin_go.json || true
 	@for name in villin_go bba_go; do cp runs/$$name/leaderboard.json data/leaderboard_$$name.json; done
 
 test: .venv/.ready

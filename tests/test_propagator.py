@@ -256,3 +256,32 @@ def test_parameters_are_those_of_scikit_learn():
     assert p.set_params(width=24).options.width == 24
     with pytest.raises(ValueError, match='width=30'): p.set_params(width=30)
     with pytest.raises(TypeError): Propagator(widht=16)
+
+
+# --- the mixture --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('jump', ['mixture', 'flow'])
+def test_both_kinds_of_jump_are_saved_and_loaded(jump, bombyxin, tmp_path):
+    p = Propagator(jump=jump, width=16, layers=1, parts=3, steps=4, batch_size=8, cartesian=0)
+    p.fit({'b': bombyxin}, progress=False)
+    again = load_propagator(p.save(tmp_path/'m'))
+    x, g = bombyxin.series[0][:3], lambda: torch.Generator().manual_seed(1)
+    assert list(again.networks) == (['density'] if jump == 'mixture' else ['density', 'flow'])
+    assert torch.equal(p.sample('b', x, generator=g()), again.sample('b', x, generator=g()))
+    assert torch.allclose(p.log_density('b', x, x), again.log_density('b', x, x))
+    assert torch.isfinite(p.log_density('b', x, bombyxin.series[0][1:4])).all()
+
+
+def test_a_mixture_has_two_answers_and_residues_agree_on_them():
+    "Two residues that jump to the same of two wells: one part each would put them in the middle, or apart."
+    g = torch.Generator().manual_seed(0)
+    well = torch.where(torch.rand(6000, 1, generator=g) < .5, 1.5, -1.5)
+    x = well + .2*torch.randn(6000, 2, generator=g)
+    chain = Chain(torch.tensor([0, 1]), torch.arange(2), torch.zeros(2, dtype=torch.long),
+                  (torch.arange(11) < 1).repeat(2, 1), torch.tensor([True, True]))
+    motion = Motion(chain, [x[:5000], x[5000:]], 1.)
+    p = Propagator(jump='mixture', width=16, layers=1, parts=3, steps=300, batch_size=256, learning_rate=5e-3)
+    p.fit({'t': motion}, progress=False)
+    y = p.sample('t', x[:2000], generator=torch.Generator().manual_seed(1))
+    assert (abs(abs(y) - 1.5) < .8).float().mean() > .95  # in a well, not between
+    assert (y[:, 0].sign() == y[:, 1].sign()).float().mean() > .95  # and both in the same
+    with pytest.raises(ValueError, match='flow, mixture'): Propagator(jump='leap')
