@@ -398,7 +398,7 @@ def test_every_stored_result_says_what_made_it():
 
 
 def test_data_stay_small():
-    assert sum(p.stat().st_size for p in (ROOT/'data').rglob('*') if p.is_file()) < 25e6
+    assert sum(p.stat().st_size for p in (ROOT/'data').rglob('*') if p.is_file()) < 40e6
 
 
 @pytest.mark.parametrize('name, n_frames', [('villin_go', 10_000), ('bba_go', 6000)])

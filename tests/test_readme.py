@@ -24,6 +24,14 @@ def test_leaderboard_is_that_of_the_run():
     assert len(board['rows']) >= 8
 
 
+def test_the_fresh_trajectories_say_what_is_said_of_them():
+    rows = {r['coordinate']: r for r in json.loads((ROOT/'data'/'fresh_villin_go.json').read_text())['rows']}
+    said = re.search(r'judged once: T_max (.*?) \((\d+) events', README)
+    for name, value in (part.rsplit(' ', 1) for part in said[1].split('; ')):
+        assert f'{rows[name]["t_max"]:.1f}' == value and rows[name]['events'] == int(said[2])
+        assert rows[name]['passed'] == (float(value) <= 3)
+
+
 @pytest.mark.slow
 def test_seed_0_of_the_leaderboard_comes_out_again(tmp_path):
     "The whole main job: every number of its table is the stored one of the first of five seeds."
