@@ -1,4 +1,4 @@
-"""The density of the next structure given this one: a line, a Gaussian that bends with the structure, and a mixture with several answers
+"""The density of the next structure: a line, a Gaussian with a state, a mixture with several answers
 
 Docs: https://foldbook.github.io/foldbook/jumps.html.md"""
 
