@@ -15,6 +15,7 @@ from foldbook.memory import FirstCommittor, MemoryCommittor, cross_fitted
 from foldbook.npne import NonparametricCommittor
 from foldbook.scores import base_log_loss, scores
 from foldbook.systems import MarkovSystem, dw1d, lshape2d, metropolis
+from foldbook.zq import cut_profiles
 
 
 def chain(system, n, k=1, seed=0):
@@ -164,3 +165,40 @@ def test_memory_passes_on_a_chain_without_hidden_variables(system):
     assert off(r, exact, states[2:]) < .05
     assert m.inputs(cells[2:], states[2:])[0].shape == (40_000, m.inputs_of_fit[0].shape[1])
     with pytest.raises(ValueError, match='not fitted'): MemoryCommittor().transform(cells, states)
+
+
+@pytest.fixture(scope='module')
+def villin():
+    "The shipped protein in sixty states, twice: by its contacts, and by distances along the chain."
+    from deeptime.clustering import KMeans
+    from foldbook.committor import states_from
+    from foldbook.data import fetch
+    from foldbook.features import model_contacts, named, stream
+    from foldbook.structures import load_native
+    home = fetch('villin_go', progress=False)
+    rule = named('default', load_native(home.topology), model_contacts(home.topology))
+    x, names = stream(home.trajectories, home.topology, rule, progress=False)
+    made = []
+    for kind in ('contact ', 'd '):
+        columns = [i for i, n in enumerate(names.names) if n.startswith(kind)]
+        series = [np.stack([v[:, h].mean(1) for h in np.array_split(columns, 3)], 1) for v in x]
+        cells = KMeans(60, fixed_seed=0, max_iter=30, n_jobs=1).fit_fetch(np.concatenate(series)[::5])
+        made.append([cells.transform(v) for v in series])
+    return [np.stack(v, 1) for v in zip(*made)], states_from(x, names, **home.states)
+
+
+@pytest.mark.filterwarnings('ignore:Algorithm did not reach')
+def test_folds_of_two_coarse_descriptions_pass_with_memory_only(villin):
+    "With thirty events, each judged by what was learned from the other folds."
+    x, states = [villin[0][2][:4500]], [villin[1][2][:4500]]
+    r, flags = {0: [], 1: [], 'memory': []}, []
+    for s in outer_folds(states, 8):
+        learn = [*s.train, *s.validation]
+        a, f = ([v[i][p:q] for i, p, q in (s.blocks[b] for b in learn)] for v in (x, states))
+        b, g = s.take(x, 'test'), s.take(states, 'test')
+        for k in (0, 1): r[k] += FirstCommittor().fit([v[:, k] for v in a], f).transform([v[:, k] for v in b], g)
+        r['memory'] += MemoryCommittor(discrete=(0, 1)).fit(a, f).transform(b, g)
+        flags += g
+    t = {k: cut_profiles(v, flags) for k, v in r.items()}
+    assert t['memory'].n_ab >= 30
+    assert t['memory'].t_max <= 3 < min(t[0].t_max, t[1].t_max)
